@@ -1,0 +1,182 @@
+"""PyTorch reference -> model.onnx: one graph for prompt and decode, weights beside it.
+
+Inputs and outputs are the table of :mod:`mamba_deploy.contract`. The custom ops stand in the graph as nodes of
+domain ``mamba_deploy``, each with a function body, so that stock ONNX Runtime runs the file and TensorRT finds its
+plugins by the same names.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import onnxscript
+import torch
+from onnx_ir.passes import common
+from torch import Tensor, nn
+
+from mamba_deploy import ops
+from mamba_deploy.contract import Contract
+from mamba_deploy.errors import ExportError
+from mamba_deploy.exporters.functions import DOMAIN, VERSION, function_bodies, register_schemas
+from mamba_deploy.model import MambaModel, ModelState
+
+__all__ = ["OPSETS", "WEIGHTS_NAME", "export_onnx"]
+
+OPSETS = range(18, 24)
+WEIGHTS_NAME = "model.onnx.data"
+_PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
+
+
+class Graph(nn.Module):
+    """The model with the inputs and outputs of the contract, flat and in its order."""
+
+    def __init__(self, model: MambaModel, all_logits: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.all_logits = all_logits
+
+    def forward(self, input_ids: Tensor, seq_lens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """input_ids [B, L] int32, seq_lens [B] int32, then conv and ssm state of each layer."""
+        before = ModelState(list(state[0::2]), list(state[1::2]))
+        logits, after = self.model(input_ids, before, seq_lens, self.all_logits)
+        last = ops.last_token(logits, seq_lens) if self.all_logits else logits
+        states = [tensor for pair in zip(after.conv, after.ssm, strict=True) for tensor in pair]
+        return (logits, last.argmax(-1).to(torch.int32), *states)
+
+
+def export_onnx(model: MambaModel, contract: Contract, path: Path, *, opset: int = 18) -> None:
+    """Write a model as ``path`` and, beside it, its weights as ``model.onnx.data``.
+
+    Args:
+        model: In the activation dtype of the contract.
+        contract: What the graph takes and gives.
+        path: Of the graph, ``.../model.onnx``.
+        opset: ONNX opset, 18 to 23.
+
+    Raises:
+        ExportError: The opset is not covered, or the graph does not come out as the contract says.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not covered", hint=f"choose one from {OPSETS[0]} to {OPSETS[-1]}")
+    register_schemas()
+    program = _capture(model, contract, opset)
+    for value in list(program.model.graph.initializers.values()):
+        value.name = str(value.name).removeprefix("model.")
+    _store_transposed(program.model.graph)
+    # A low limit on what is folded, so that no weight is stored twice.
+    onnxscript.optimizer.optimize(program.model, input_size_limit=16)
+    common.ClearMetadataAndDocStringPass()(program.model)  # the exporter's stack traces
+    for body in function_bodies(model.config, contract, opset):
+        function = onnx_ir.serde.deserialize_function(body)
+        program.model.functions[function.identifier()] = function
+    program.model.opset_imports[DOMAIN] = VERSION
+    _check_contract(program.model.graph, contract)
+    onnx_ir.save(program.model, path, external_data=WEIGHTS_NAME, size_threshold_bytes=1024)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def _capture(model: MambaModel, contract: Contract, opset: int) -> torch.onnx.ONNXProgram:
+    # Sizes above 1, because torch.export takes a size of 1 for a constant.
+    example = [torch.zeros(spec.shape(batch=2, seq=3), dtype=getattr(torch, spec.dtype)) for spec in contract.inputs]
+    batch, seq = torch.export.Dim("batch", min=1, max=1 << 16), torch.export.Dim("seq", min=1, max=1 << 20)
+    dims = {"batch": batch, "seq": seq}
+    shapes = [{i: dims[a] for i, a in enumerate(spec.axes) if isinstance(a, str)} for spec in contract.inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            Graph(model, contract.all_logits),
+            tuple(example),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[spec.name for spec in contract.inputs],
+            output_names=[spec.name for spec in contract.outputs],
+            dynamic_shapes=(shapes[0], shapes[1], tuple(shapes[2:])),
+            custom_translation_table=_translations(),
+            optimize=False,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program")
+    return program
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """What each torch op becomes: a node without a body, which the exporter leaves alone."""
+    nodes = onnxscript.values.Opset(DOMAIN, VERSION)
+
+    def conv(x, weight, bias, conv_state, seq_lens, activation: str):  # type: ignore[no-untyped-def]
+        return nodes.MambaCausalConv1d(x, weight, bias, conv_state, seq_lens, activation=activation, **_PLUGIN)
+
+    def selective(x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, dt_softplus: bool):  # type: ignore[no-untyped-def]
+        return nodes.MambaSelectiveScan(
+            x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, dt_softplus=int(dt_softplus), **_PLUGIN
+        )
+
+    def ssd(  # type: ignore[no-untyped-def]
+        x, dt, A, B, C, D, dt_bias, ssm_state, seq_lens,
+        dt_softplus: bool, dt_min: float, dt_max: float, n_groups: int, chunk_size: int,
+    ):  # fmt: skip
+        return nodes.MambaSsdScan(
+            x, dt, A, B, C, D, dt_bias, ssm_state, seq_lens,
+            dt_softplus=int(dt_softplus), dt_min=dt_min, dt_max=dt_max, n_groups=n_groups, chunk_size=chunk_size,
+            **_PLUGIN,
+        )  # fmt: skip
+
+    def last(x, seq_lens):  # type: ignore[no-untyped-def]
+        return nodes.MambaLastToken(x, seq_lens, **_PLUGIN)
+
+    torch_ops = torch.ops.mamba_deploy
+    return {
+        torch_ops.causal_conv1d.default: conv,
+        torch_ops.selective_scan.default: selective,
+        torch_ops.ssd_scan.default: ssd,
+        torch_ops.last_token.default: last,
+    }
+
+
+def _store_transposed(graph: onnx_ir.Graph) -> None:
+    """Turn Transpose(weight) into a weight stored as [in, out], named ``..._t``, where nothing else reads it.
+
+    The tensors are transposed one by one as the file is written.
+    """
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.consumers()) > 1:
+            continue
+        tensor = weight.const_value
+        assert tensor is not None
+        shape = onnx_ir.Shape(tuple(reversed(tensor.shape.numpy())))
+        stored = onnx_ir.Value(name=f"{weight.name}_t", shape=shape, type=onnx_ir.TensorType(tensor.dtype))
+        stored.const_value = onnx_ir.LazyTensor(
+            functools.partial(_transposed, tensor), dtype=tensor.dtype, shape=shape, name=stored.name
+        )
+        graph.register_initializer(stored)
+        node.outputs[0].replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+        graph.initializers.pop(str(weight.name))
+
+
+def _transposed(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
+    return onnx_ir.tensor(tensor.raw.detach().t().contiguous())
+
+
+def _check_contract(graph: onnx_ir.Graph, contract: Contract) -> None:
+    """The exporter's graph has the names, dtypes and axes of the contract."""
+    for values, specs in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
+        if len(values) != len(specs):
+            raise ExportError(f"the graph has {len(values)} tensors where the contract has {len(specs)}")
+        for value, spec in zip(values, specs, strict=True):
+            value.shape = onnx_ir.Shape(spec.axes)
+            dtype = onnx_ir.DataType[{"float32": "FLOAT"}.get(spec.dtype, spec.dtype.upper())]
+            if value.name != spec.name or value.dtype != dtype:
+                raise ExportError(
+                    f"the graph gives {value.name} {value.dtype} where the contract says {spec.name} {spec.dtype}"
+                )

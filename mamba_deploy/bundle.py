@@ -1,0 +1,249 @@
+"""The output directory: what `export` writes and every other command reads.
+
+``manifest.json`` names the format, the tools, the dtypes, the contract, and the sha256 of each other file. The
+directory appears under its name whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_deploy.config import MambaConfig
+from mamba_deploy.contract import Contract
+from mamba_deploy.errors import BundleError
+
+__all__ = [
+    "CONFIG",
+    "FORMAT_VERSION",
+    "LOWERED",
+    "MANIFEST",
+    "PORTABLE",
+    "REFERENCE",
+    "TOKENIZER",
+    "WEIGHTS",
+    "Bundle",
+    "write_bundle",
+]
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+PORTABLE = "model.onnx"
+LOWERED = "model.cpu.onnx"
+WEIGHTS = "model.onnx.data"
+REFERENCE = "reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened output directory, its manifest and config checked."""
+
+    path: Path
+    config: MambaConfig
+    contract: Contract
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Read the manifest and the config.
+
+        Raises:
+            BundleError: The directory or its manifest is missing, damaged, or of another format version, or the
+                config does not match its hash.
+        """
+        path = Path(path).expanduser()
+        manifest = _read_manifest(path)
+        config = MambaConfig.from_dict(_read_json(_checked(path, manifest, CONFIG)))
+        dtypes = manifest["dtypes"]
+        contract = Contract.of(
+            config,
+            dtype=dtypes["activation"],
+            state_dtype=dtypes["state"],
+            all_logits=manifest["logits"] == "all",
+        )
+        if contract.to_list() != manifest["contract"]:
+            raise BundleError(f"{path / MANIFEST}: the contract does not fit {CONFIG}", hint="export the model again")
+        return cls(path, config, contract, manifest)
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files, after comparing it with its hash.
+
+        Raises:
+            BundleError: The bundle has no such file, or it is not what was written.
+        """
+        return _checked(self.path, self.manifest, name)
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest lists the file."""
+        return name in self.manifest["files"]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not (path / MANIFEST).is_file():
+        what = "there is no directory" if not path.exists() else f"there is no {MANIFEST} in"
+        raise BundleError(f"{what} {path}", hint="give a directory that 'mamba-deploy export' wrote")
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{path / MANIFEST} is of format version {manifest.get('format_version')!r}; this program reads "
+            f"{FORMAT_VERSION}",
+            hint="export the model again with this version of mamba-deploy",
+        )
+    missing = [key for key in ("dtypes", "logits", "contract", "files") if key not in manifest]
+    if missing:
+        raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}", hint="export the model again")
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", hint="export the model again") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path} does not hold a JSON object", hint="export the model again")
+    return value
+
+
+def _checked(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
+    listed = manifest["files"].get(name)
+    if listed is None:
+        raise BundleError(f"{directory} has no {name}", hint="export the model again")
+    path = directory / name
+    if not path.is_file():
+        raise BundleError(f"{path} is missing", hint="copy the whole directory, or export the model again")
+    size = path.stat().st_size
+    if size != listed["bytes"]:
+        raise BundleError(
+            f"{path} has {size} bytes where the manifest says {listed['bytes']}",
+            hint="the copy may be incomplete; copy it again, or export the model again",
+        )
+    if sha256(path) != listed["sha256"]:
+        raise BundleError(
+            f"{path} is not the file that was exported: its sha256 differs from the manifest's",
+            hint="the file was damaged or changed; copy it again, or export the model again",
+        )
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def write_bundle(
+    path: str | Path,
+    config: MambaConfig,
+    contract: Contract,
+    tools: Mapping[str, str],
+    *,
+    force: bool = False,
+) -> Iterator[Path]:
+    """Give a fresh temporary directory to fill; when the block ends, it becomes the bundle.
+
+    The temporary directory is a sibling of ``path``, so the last step is a rename. If the block raises, or is
+    interrupted, it is removed and ``path`` is as it was. With ``force`` an existing directory is replaced; files in it
+    that no bundle owns are kept.
+
+    Args:
+        path: The bundle's directory.
+        config: Written as ``config.json``.
+        contract: Written into the manifest.
+        tools: Names and versions of what made the files.
+        force: Replace a directory that is not empty.
+
+    Raises:
+        BundleError: The directory exists and is not empty, is a file, or cannot be written.
+    """
+    path = Path(path).expanduser().absolute()
+    refuse_to_overwrite(path, force=force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error}") from error
+    try:
+        work.chmod(0o777 & ~_umask())
+        yield work
+        (work / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(work.iterdir())}
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "tools": dict(tools),
+            "dtypes": {"activation": contract.dtype, "state": contract.state_dtype},
+            "logits": "all" if contract.all_logits else "last",
+            "files": files,
+            "contract": contract.to_list(),
+        }
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _put_in_place(work, path)
+    except OSError as error:
+        raise BundleError(
+            f"{path} could not be written: {error}", hint="check the free space and the permissions there"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def refuse_to_overwrite(path: Path, *, force: bool) -> None:
+    """Raise before any work is done if a bundle may not be written at ``path``.
+
+    Raises:
+        BundleError: It is a file, or a directory that is not empty and ``force`` is not given.
+    """
+    if path.exists() and not path.is_dir():
+        raise BundleError(f"{path} exists and is not a directory", hint="choose another output directory")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise BundleError(f"{path} is not empty", hint="choose another directory, or pass --force to replace it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _put_in_place(work: Path, path: Path) -> None:
+    if not path.exists():
+        work.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    old = aside / path.name
+    path.rename(old)
+    try:
+        work.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    owned = _owned_names(old)
+    for entry in old.iterdir():
+        if entry.name not in owned and not (path / entry.name).exists():
+            entry.rename(path / entry.name)
+    shutil.rmtree(aside)
+
+
+def _owned_names(path: Path) -> set[str]:
+    """Names of a directory that a bundle put there: what its manifest lists."""
+    try:
+        return {MANIFEST, *_read_json(path / MANIFEST).get("files", {})}
+    except BundleError:
+        return {MANIFEST}

@@ -1,0 +1,321 @@
+"""The `mamba-deploy` command: one verb a function, imports inside the verbs so that `--help` is quick.
+
+Results go to stdout, progress and statistics to stderr. Exit codes: 0 done, 1 an expected failure (``error:`` and
+``hint:`` on stderr), 2 wrong usage, 3 outputs differ, 130 interrupted. ``MAMBA_DEPLOY_DEBUG=1`` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mamba_deploy.errors import InputError, MambaDeployError, require
+
+if TYPE_CHECKING:
+    from mamba_deploy.runtime.generate import Statistics
+    from mamba_deploy.runtime.session import Session
+    from mamba_deploy.runtime.verify import Answers
+
+__all__ = ["main"]
+
+EXIT_MISMATCH = 3
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Command(click.Group):
+    """A group that turns the package's errors into messages and exit codes."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(context)
+        except MambaDeployError as error:
+            failure: Exception = error
+            hint = error.hint
+        except OSError as error:
+            failure, hint = error, ""
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            context.exit(130)
+        if isinstance(failure, BrokenPipeError):  # the reader of our output has gone: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            context.exit(1)
+        if os.environ.get("MAMBA_DEPLOY_DEBUG"):
+            raise failure
+        click.echo(f"error: {failure}", err=True)
+        if hint:
+            click.echo(f"hint: {hint}", err=True)
+        context.exit(1)
+
+
+@click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mamba-deploy")
+def main() -> None:
+    """Put Mamba and Mamba-2 models on devices: export, verify, generate."""
+
+
+def _backend_option(default: str = "onnxruntime") -> Callable[..., Any]:
+    return click.option(
+        "--backend",
+        type=click.Choice(["onnxruntime", "torch"]),
+        default=default,
+        show_default=True,
+        help="What runs it.",
+    )
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
+
+
+def _say(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, allow_nan=True))
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype", type=click.Choice(list(_DTYPES)), default="fp32", show_default=True, help="Of weights and activations."
+)
+@click.option(
+    "--state-dtype", type=click.Choice(list(_DTYPES)), default="fp32", show_default=True, help="Of the scan's state."
+)
+@click.option("--opset", type=click.IntRange(18, 23), default=18, show_default=True, help="ONNX opset.")
+@click.option(
+    "--logits", type=click.Choice(["last", "all"]), default="last", show_default=True, help="After which tokens."
+)
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json to use instead of the checkpoint's.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there; files it does not own are kept.")
+@_json_option
+def export(
+    checkpoint: str,
+    out: Path,
+    dtype: str,
+    state_dtype: str,
+    opset: int,
+    logits: str,
+    tokenizer: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write CHECKPOINT, a directory or hub id, as a bundle OUT: ONNX graphs, weights, reference answers."""
+    for module in ("torch", "onnx", "onnx_ir", "onnxscript"):
+        require(module, extra="export", why="export a model")
+    from mamba_deploy.exporters.export import export as run
+
+    bundle = run(
+        checkpoint,
+        out,
+        dtype=_DTYPES[dtype],  # type: ignore[arg-type]
+        state_dtype=_DTYPES[state_dtype],  # type: ignore[arg-type]
+        opset=opset,
+        all_logits=logits == "all",
+        tokenizer=tokenizer,
+        force=force,
+        progress=_say,
+    )
+    size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
+    if as_json:
+        _print_json({"path": str(bundle.path), "bytes": size, "files": bundle.manifest["files"]})
+    else:
+        click.echo(f"{bundle.path}: {bundle.config.generation}, {dtype}, {size / 1e6:.1f} MB")
+
+
+# --- verify -------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@_backend_option()
+@click.option("--checkpoint", help="Compare with this checkpoint's answers, made by PyTorch now.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the errors as a PNG file.")
+@_threads_option
+@_json_option
+def verify(
+    out: Path, backend: str, checkpoint: str | None, plot_file: Path | None, threads: int | None, as_json: bool
+) -> None:
+    """Compare the bundle OUT with PyTorch: logits, states, greedy tokens. Exit code 3 if they differ.
+
+    The answers of PyTorch are in the bundle; PyTorch itself is needed for --checkpoint and --backend torch only.
+    """
+    from mamba_deploy.bundle import Bundle
+    from mamba_deploy.runtime.verify import plot
+    from mamba_deploy.runtime.verify import verify as run
+
+    bundle = Bundle.open(out)
+    answers = _answers(bundle, checkpoint)
+    reports = []
+    for graph in ("lowered", "portable") if backend == "onnxruntime" else ("lowered",):
+        if graph == "portable" and bundle.contract.dtype == "bfloat16":
+            _say("model.onnx is not run: ONNX Runtime has no bfloat16 kernels for a CPU; model.cpu.onnx stands for it")
+            continue
+        with _open(out, backend, threads, graph) as session:
+            _say(f"verifying {session.backend.name}")
+            reports.append(run(session, answers))
+    if plot_file is not None:
+        plot(reports, plot_file)
+        _say(f"wrote {plot_file}")
+    passed = all(report.passed for report in reports)
+    if as_json:
+        _print_json({"passed": passed, "reports": [report.to_dict() for report in reports]})
+    else:
+        for report in reports:
+            click.echo(report.table())
+        click.echo("all outputs agree with PyTorch" if passed else "outputs DIFFER from PyTorch")
+    if not passed:
+        first = next(c for r in reports for c in r.checks if not c.passed)
+        _say(f"first difference: {first.where} (error {first.error:.1e}, allowed {first.tolerance:.1e})")
+        click.get_current_context().exit(EXIT_MISMATCH)
+
+
+def _answers(bundle: Any, checkpoint: str | None) -> Answers:
+    from mamba_deploy.bundle import REFERENCE
+    from mamba_deploy.errors import VerifyError
+    from mamba_deploy.runtime.verify import Answers
+
+    stored = Answers.load(bundle.file(REFERENCE))
+    if checkpoint is None:
+        return stored
+    torch = require("torch", extra="export", why="compute a checkpoint's answers")
+    from mamba_deploy.checkpoint import load_checkpoint
+    from mamba_deploy.exporters.reference import reference_answers
+    from mamba_deploy.model import cast_weight
+
+    config, weights = load_checkpoint(checkpoint)
+    if config != bundle.config:
+        raise VerifyError(f"{checkpoint} is of another architecture than {bundle.path}")
+    dtype = getattr(torch, bundle.contract.dtype)
+    rounded = {name: cast_weight(name, tensor, dtype) for name, tensor in weights.items()}
+    _say("asking PyTorch")
+    return reference_answers(config, rounded, [stored.prompt(i) for i in range(stored.count)])
+
+
+def _open(out: Path, backend: str, threads: int | None, graph: str = "lowered") -> Session:
+    from mamba_deploy.runtime.session import Session
+
+    if backend == "torch":
+        require("torch", extra="export", why="run the PyTorch reference")
+        require("onnx_ir", extra="export", why="read the weights of an ONNX file")
+    return Session.open(out, backend, threads=threads, graph=graph)  # type: ignore[arg-type]
+
+
+# --- generate -----------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="Text to continue; '-' reads stdin. Without a tokenizer: token ids, '1 2 3'.")
+@click.option("--prompts", type=click.File(encoding="utf-8"), help="File with a prompt a line, run as one batch.")
+@click.option("-n", "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Of each prompt.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-k", type=int, default=0, help="Sample from the k likeliest; 0 is off.")
+@click.option("--top-p", type=float, default=1.0, help="Sample from the likeliest that make up this probability.")
+@click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest's probability.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1: repeat less.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="Text that ends a row; may be given several times.")
+@_backend_option()
+@_threads_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: each token, then statistics.")
+def generate(
+    out: Path,
+    prompt: str | None,
+    prompts: Any,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue a prompt with the bundle OUT. The text alone goes to stdout, as it comes."""
+    from mamba_deploy.runtime.generate import Statistics
+
+    if (prompt is None) == (prompts is None):
+        raise click.UsageError("give either --prompt or --prompts")
+    texts = [sys.stdin.read() if prompt == "-" else str(prompt)] if prompts is None else prompts.read().splitlines()
+    statistics = Statistics()
+    with _open(out, backend, threads) as session:
+        rows = texts if session.tokenizer is not None else [_ids(text) for text in texts]
+        if not rows or not all(rows):
+            empty = next((i for i, row in enumerate(rows) if not row), 0)
+            raise InputError(f"prompt {empty} is empty", hint="give at least one character, or one token id")
+        tokens = session.generate(rows, max_tokens=max_tokens, stop=stop, statistics=statistics, **sampling)
+        write = _json_tokens if as_json else _text if len(rows) == 1 else _blocks
+        write(tokens, texts, session.tokenizer is not None)
+    _report(statistics, as_json)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise InputError(
+            f"the bundle has no tokenizer.json, and {text[:40]!r} is not a list of token ids",
+            hint="give ids like -p '1 2 3', or export again with --tokenizer FILE",
+        ) from error
+
+
+def _json_tokens(tokens: Any, texts: list[str], has_text: bool) -> None:
+    for token in tokens:
+        event = {"event": "token", "row": token.row, "index": token.index, "id": token.id, "text": token.text}
+        _print_json(event | {"finish_reason": token.finish_reason})
+        sys.stdout.flush()
+
+
+def _text(tokens: Any, texts: list[str], has_text: bool) -> None:
+    for token in tokens:
+        click.echo(token.text if has_text else f"{token.id} ", nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def _blocks(tokens: Any, texts: list[str], has_text: bool) -> None:
+    """Rows of a batch grow side by side, so each is printed when it ends, under its prompt."""
+    parts: list[list[str]] = [[] for _ in texts]
+    for token in tokens:
+        parts[token.row].append(token.text if has_text else f"{token.id} ")
+        if token.finish_reason is not None:
+            click.echo(f"=== {token.row}: {texts[token.row]}\n{''.join(parts[token.row])}")
+
+
+def _report(statistics: Statistics, as_json: bool) -> None:
+    if as_json:
+        _print_json({"event": "done", **statistics.to_dict()})
+        return
+    _say(
+        f"prompt: {statistics.prompt_tokens} tokens in {statistics.prompt_seconds:.3f} s "
+        f"({statistics.prompt_tokens_per_second:.1f} tokens/s); "
+        f"generated: {statistics.generated_tokens} tokens, {statistics.decode_tokens_per_second:.1f} tokens/s"
+    )
+
+
+# --- inspect ------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@_json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint, a bundle, or an ONNX file; its sizes, dtypes, inputs and outputs."""
+    from mamba_deploy.inspection import describe, render
+
+    facts = describe(path)
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(render(facts))

@@ -1,0 +1,127 @@
+"""What a path holds, as facts and as text: the `inspect` verb."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mamba_deploy.bundle import MANIFEST, Bundle
+from mamba_deploy.config import MambaConfig
+from mamba_deploy.contract import Contract
+from mamba_deploy.errors import InputError, require
+from mamba_deploy.limits import Limits, parameter_count
+
+__all__ = ["describe", "render"]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about a checkpoint directory, a bundle directory or an ONNX file, ready for JSON.
+
+    Raises:
+        MambaDeployError: The path is none of these, or damaged.
+    """
+    if path.is_file():
+        if path.suffix != ".onnx":
+            raise InputError(f"{path} is neither a directory nor an .onnx file")
+        return _onnx_facts(path)
+    return _bundle_facts(path) if (path / MANIFEST).is_file() else _checkpoint_facts(path)
+
+
+def _model_facts(config: MambaConfig, contract: Contract) -> dict[str, Any]:
+    step = Limits.of(config, contract)
+    return {
+        "config": config.to_dict(),
+        "parameters": parameter_count(config),
+        "step": {  # one token, one row
+            "weight_bytes": step.weight_bytes,
+            "state_bytes": step.state_bytes,
+            "bytes": step.bytes,
+            "flops": step.flops,
+        },
+        "state_bytes_per_row": step.state_bytes // 2,
+    }
+
+
+def _bundle_facts(path: Path) -> dict[str, Any]:
+    bundle = Bundle.open(path)
+    for name in bundle.manifest["files"]:
+        bundle.file(name)
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        **_model_facts(bundle.config, bundle.contract),
+        "dtypes": bundle.manifest["dtypes"],
+        "logits": bundle.manifest["logits"],
+        "tools": bundle.manifest["tools"],
+        "files": bundle.manifest["files"],
+        "contract": bundle.manifest["contract"],
+    }
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    require("torch", extra="export", why="read a checkpoint")
+    from mamba_deploy.checkpoint import load_checkpoint
+
+    config, weights = load_checkpoint(path)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values())
+    contract = Contract.of(config)
+    return {
+        "kind": "checkpoint",
+        "path": str(path),
+        **_model_facts(config, contract),
+        "stored_dtypes": dict(dtypes),
+        "tensors": {name: list(tensor.shape) for name, tensor in weights.items()},
+    }
+
+
+def _onnx_facts(path: Path) -> dict[str, Any]:
+    onnx_ir = require("onnx_ir", extra="export", why="read an ONNX file")
+    try:
+        model = onnx_ir.load(path)
+    except Exception as error:  # protobuf's errors have no public base
+        raise InputError(f"{path} cannot be read as ONNX: {error}") from error
+    nodes = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph)
+
+    def row(value: Any, direction: str) -> dict[str, Any]:
+        axes = [d if isinstance(d, int) else str(d) for d in value.shape] if value.shape is not None else None
+        return {"name": value.name, "direction": direction, "dtype": str(value.dtype).lower(), "axes": axes}
+
+    return {
+        "kind": "onnx",
+        "path": str(path),
+        "ir_version": model.ir_version,
+        "opsets": dict(model.opset_imports),
+        "nodes": dict(nodes.most_common()),
+        "functions": [function.name for function in model.functions.values()],
+        "weight_bytes": sum(
+            v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+        ),
+        "contract": [row(v, "in") for v in model.graph.inputs] + [row(v, "out") for v in model.graph.outputs],
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as text."""
+    lines = [f"{facts['kind']} {facts['path']}"]
+    if "config" in facts:
+        config, step = facts["config"], facts["step"]
+        shown = {k: v for k, v in config.items() if v not in (None, 0, [], "inf")}
+        lines += _section("architecture", shown)
+        lines.append(f"parameters      {facts['parameters']:,}")
+        lines.append(f"state per row   {facts['state_bytes_per_row']:,} bytes")
+        lines.append(f"one token reads and writes at least {step['bytes']:,} bytes (weights {step['weight_bytes']:,})")
+    for key in ("dtypes", "stored_dtypes", "opsets", "nodes", "tools"):
+        if key in facts:
+            lines += _section(key.replace("_", " "), facts[key])
+    if "files" in facts:
+        lines += _section("files", {name: f"{entry['bytes']:,} bytes" for name, entry in facts["files"].items()})
+    if "contract" in facts:
+        lines.append("inputs and outputs")
+        lines += [f"  {t['direction']:<3} {t['name']:<20} {t['dtype']:<9} {t['axes']}" for t in facts["contract"]]
+    return "\n".join(lines)
+
+
+def _section(title: str, values: dict[str, Any]) -> list[str]:
+    width = max((len(name or "ai.onnx") for name in values), default=0)
+    return [title, *(f"  {name or 'ai.onnx':<{width}}  {value}" for name, value in values.items())]

@@ -1,0 +1,1 @@
+"""Runs a bundle: sessions, generation, verification; never imports torch itself."""
