@@ -145,6 +145,14 @@ def _masked(name: str, source: str) -> str:
     return f"{name} = Where (valid, {source}, zero)\n"
 
 
+def _masked_key(width: int) -> str:
+    """Text: ``B_masked`` is B, and -0.0 past a row's end, where delta * x is 0: h + -0.0 keeps every bit of h, h + 0.0
+    does not. A vector of B's width, because ONNX Runtime's Where loses the sign of a scalar -0.0.
+    """
+    minus_zeros = ", ".join(["-0.0"] * width)
+    return f"nothing = Constant <value_floats = [{minus_zeros}]> ()\nB_masked = Where (valid, B_f, nothing)\n"
+
+
 def step_size(softplus: bool, config: MambaConfig) -> str:
     """Text: ``delta`` [B, L, ...] from ``dt`` and ``dt_bias``, zero past a row's end.
 
@@ -179,8 +187,8 @@ def step_size(softplus: bool, config: MambaConfig) -> str:
 
 
 def _float(value: float) -> str:
-    """A float as ONNX text reads it: always with a point."""
-    return f"{value:.9f}" if 1e-4 < abs(value) < 1e6 else f"{value:.9e}"
+    """A float as ONNX text reads it: with a point, and the digits that tell two float32 apart."""
+    return f"{value:.9e}"
 
 
 # --- the bodies ---------------------------------------------------------------------------------------------------
@@ -227,7 +235,7 @@ def selective_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, s
     D, N = config.d_inner, config.d_state
     text = _VALID + step_size(True, config)
     text += "".join(to_float(name) for name in ("x", "B", "C", "z"))
-    text += "drive_all = Mul (delta, x_f)\n" + _masked("drive_3d", "drive_all") + _masked("B_masked", "B_f")
+    text += "drive_all = Mul (delta, x_f)\n" + _masked("drive_3d", "drive_all") + _masked_key(N)
     text += "C_masked = Where (valid, C_f, zero)\n"
     text += f"""
     state_f = Cast <to = 1> (ssm_state)
@@ -266,7 +274,7 @@ def ssd_inputs(config: MambaConfig) -> str:
     """Text shared by the bodies of MambaSsdScan: ``log_decay`` [B, L, H], ``drive`` [B, L, H P], B and C in float32."""
     H, P = config.n_heads, config.head_dim
     text = _VALID + step_size(True, config) + "".join(to_float(name) for name in ("x", "B", "C"))
-    text += _masked("B_masked", "B_f") + _masked("C_masked", "C_f") + _masked("x_masked", "x_f")
+    text += _masked_key(config.n_groups * config.d_state) + _masked("C_masked", "C_f") + _masked("x_masked", "x_f")
     return (
         text
         + f"""

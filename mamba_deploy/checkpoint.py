@@ -6,6 +6,7 @@ used once or refused by name; nothing is unpickled but tensors.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_deploy.config import MambaConfig
-from mamba_deploy.errors import CheckpointError, require
+from mamba_deploy.config import MambaConfig, token_ids
+from mamba_deploy.errors import CheckpointError, MissingDependencyError, require
 
 __all__ = [
     "checkpoint_directory",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin"]
 
 
@@ -50,7 +52,7 @@ def load_checkpoint(source: str | Path) -> tuple[MambaConfig, dict[str, Tensor]]
     raw = read_config(directory)
     config = MambaConfig.from_foreign(raw)
     config = _with_eos(config, directory)
-    tensors = {_canonical(name): tensor for name, tensor in read_tensors(directory).items()}
+    tensors = _by_canonical_name(read_tensors(directory))
     _check(config, tensors, padded_rows(raw, config), directory)
     return config, model_weights(config, tensors)
 
@@ -110,20 +112,18 @@ def _with_eos(config: MambaConfig, directory: Path) -> MambaConfig:
     """End-of-sequence ids from where each format keeps them: the config, generation_config.json, the tokenizer."""
     if config.eos_token_ids:
         return config
-    eos: Any = None
+    ids: tuple[int, ...] = ()
     generation = directory / "generation_config.json"
     if generation.is_file():
-        eos = _read_json(generation).get("eos_token_id")
+        ids = token_ids(_read_json(generation).get("eos_token_id"), f"{generation} key 'eos_token_id'")
     settings, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
-    if eos is None and settings.is_file() and tokenizer.is_file():
+    if not ids and settings.is_file() and tokenizer.is_file():
         token = _read_json(settings).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        added = _read_json(tokenizer).get("added_tokens", [])
-        eos = [entry["id"] for entry in added if entry.get("content") == token] or None
-    if eos is None:
-        return config
-    ids = tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]))
-    return MambaConfig.from_dict({**config.to_dict(), "eos_token_ids": ids})
+        added = _read_json(tokenizer).get("added_tokens") or []
+        found = [e.get("id") for e in added if token and isinstance(e, dict) and e.get("content") == token]
+        ids = token_ids(found, f"{tokenizer}: the id of '{token}'")
+    return dataclasses.replace(config, eos_token_ids=ids)
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -151,11 +151,7 @@ def _weight_files(directory: Path) -> list[Path]:
     indices = [p for p in sorted(directory.glob("*.index.json")) if "weight_map" in _read_json(p)]
     indices.sort(key=lambda p: not p.name.endswith(".safetensors.index.json"))
     if indices:
-        names = sorted(set(_read_json(indices[0])["weight_map"].values()))
-        missing = [n for n in names if not (directory / n).is_file()]
-        if missing:
-            raise CheckpointError(f"{indices[0].name} names {', '.join(missing)}, which {directory} does not hold")
-        return [directory / n for n in names]
+        return [directory / name for name in _shards(indices[0])]
     files = [p for p in sorted(directory.iterdir()) if p.is_file()]
     for kind in (_is_safetensors, _is_pytorch):
         found = [p for p in files if kind(p)]
@@ -163,11 +159,30 @@ def _weight_files(directory: Path) -> list[Path]:
             return found
     suspects = [p.name for p in files if p.suffix in (".safetensors", ".bin", ".pt", ".pth")]
     if suspects:
-        raise CheckpointError(
-            f"{directory}: {', '.join(suspects)} is neither a safetensors nor a PyTorch file",
-            hint="the file may be truncated, or a Git LFS pointer that was never downloaded",
-        )
+        raise _not_weights(f"{directory}: {', '.join(suspects)}")
     raise CheckpointError(f"{directory} holds no weights", hint="expected *.safetensors or pytorch_model.bin")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files an index names, each of them beside it."""
+    names = _read_json(index)["weight_map"]
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise CheckpointError(f"{index} is damaged: its weight_map does not map tensors to files")
+    files = sorted(set(names.values()))
+    outside = [n for n in files if Path(n).is_absolute() or ".." in Path(n).parts]
+    if outside:
+        raise CheckpointError(f"{index} names {', '.join(outside)}, outside its directory")
+    missing = [n for n in files if not (index.parent / n).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.name} names {', '.join(missing)}, which {index.parent} does not hold")
+    return files
+
+
+def _not_weights(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} is neither a safetensors nor a PyTorch file",
+        hint="the file may be truncated, or a Git LFS pointer that was never downloaded",
+    )
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -185,19 +200,26 @@ def _is_pytorch(path: Path) -> bool:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if not _is_safetensors(path) and not _is_pytorch(path):
+        raise _not_weights(str(path))
     try:
         if _is_safetensors(path):
             with require("safetensors", extra="export", why=f"read {path}").safe_open(path, "pt") as file:
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
             return
-        with path.open("rb") as head:
-            mapped = head.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with path.open("rb") as file:
+            # torch goes by the name .safetensors, if it is told one; and maps a file only by its name
+            mapped = file.read(2) == b"PK" and path.suffix != ".safetensors"
+            file.seek(0)
+            content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    except MissingDependencyError:
+        raise
     except Exception as error:  # each library raises its own kinds on a damaged file
         raise CheckpointError(
             f"{path} cannot be read: {error}", hint="the file may be truncated or damaged; fetch it again"
         ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+    named = isinstance(content, Mapping) and all(isinstance(k, str) for k in content)
+    if not named or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} does not hold a state dict, a mapping of names to tensors")
     yield from content.items()
 
@@ -210,8 +232,21 @@ def _canonical(name: str) -> str:
     return "embedding.weight" if name == "embeddings.weight" else name
 
 
+def _by_canonical_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    original: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        short = _canonical(name)
+        if short in named:
+            raise CheckpointError(f"tensors '{original[short]}' and '{name}' are the same one, '{short}'")
+        named[short], original[short] = tensor, name
+    return named
+
+
 def padded_rows(raw: Mapping[str, Any], config: MambaConfig) -> int:
     """Rows of embedding and head: the vocabulary, rounded up as the checkpoint's own config says."""
+    if "hidden_size" in raw:
+        return config.vocab_size  # Hugging Face counts the padding in
     default = 8 if "d_model" in raw else 1
     multiple = int(raw.get("pad_vocab_size_multiple", default))
     return -(-config.vocab_size // multiple) * multiple
@@ -262,8 +297,8 @@ def _check(config: MambaConfig, tensors: Mapping[str, Tensor], rows: int, direct
             problems.append(f"'{name}' {list(tensor.shape)} is not part of this architecture")
         elif tuple(tensor.shape) != expected[name]:
             problems.append(f"'{name}' has shape {list(tensor.shape)}, expected {list(expected[name])}")
-        elif not tensor.is_floating_point():
-            problems.append(f"'{name}' has dtype {tensor.dtype}, expected a floating-point one")
+        elif tensor.dtype not in _DTYPES:
+            problems.append(f"'{name}' has dtype {tensor.dtype}, expected a float of 16, 32 or 64 bits")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"'{name}' holds values that are not finite")
     tied = config.tie_embeddings and "lm_head.weight" in tensors and "embedding.weight" in tensors

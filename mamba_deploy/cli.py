@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamba_deploy.errors import InputError, MambaDeployError, require
+from mamba_deploy.errors import EngineError, InputError, MambaDeployError, require
 
 if TYPE_CHECKING:
     from mamba_deploy.runtime.generate import Statistics
@@ -79,7 +79,7 @@ def _say(message: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, allow_nan=True))
+    click.echo(json.dumps(value, allow_nan=False))
 
 
 # --- export -------------------------------------------------------------------------------------------------------
@@ -153,19 +153,22 @@ def verify(
     The answers of PyTorch are in the bundle; PyTorch itself is needed for --checkpoint and --backend torch only.
     """
     from mamba_deploy.bundle import Bundle
+    from mamba_deploy.runtime.ort import cannot_run
     from mamba_deploy.runtime.verify import plot
     from mamba_deploy.runtime.verify import verify as run
 
     bundle = Bundle.open(out)
     answers = _answers(bundle, checkpoint)
     reports = []
-    for graph in ("lowered", "portable") if backend == "onnxruntime" else ("lowered",):
-        if graph == "portable" and bundle.contract.dtype == "bfloat16":
-            _say("model.onnx is not run: ONNX Runtime has no bfloat16 kernels for a CPU; model.cpu.onnx stands for it")
+    for graph in ("lowered", "portable") if backend == "onnxruntime" else ("auto",):
+        if backend == "onnxruntime" and (reason := cannot_run(graph, bundle.config, bundle.contract)):
+            _say(f"the {graph} graph is not run: {reason}")
             continue
         with _open(out, backend, threads, graph) as session:
             _say(f"verifying {session.backend.name}")
             reports.append(run(session, answers))
+    if not reports:
+        raise EngineError(f"nothing was verified: no graph of {out} runs here", hint="try --backend torch")
     if plot_file is not None:
         plot(reports, plot_file)
         _say(f"wrote {plot_file}")
@@ -204,7 +207,7 @@ def _answers(bundle: Any, checkpoint: str | None) -> Answers:
     return reference_answers(config, rounded, [stored.prompt(i) for i in range(stored.count)])
 
 
-def _open(out: Path, backend: str, threads: int | None, graph: str = "lowered") -> Session:
+def _open(out: Path, backend: str, threads: int | None, graph: str = "auto") -> Session:
     from mamba_deploy.runtime.session import Session
 
     if backend == "torch":

@@ -57,12 +57,21 @@ class MambaConfig:
     def __post_init__(self) -> None:
         if self.generation not in ("mamba", "mamba2"):
             raise CheckpointError(f"unknown generation {self.generation!r}: expected 'mamba' or 'mamba2'")
-        sizes = ["vocab_size", "d_model", "n_layer", "d_inner", "d_state", "n_groups", "chunk_size"]
+        sizes = ["vocab_size", "d_model", "n_layer", "d_inner", "d_state", "d_conv", "n_groups", "chunk_size"]
         sizes.append("dt_rank" if self.generation == "mamba" else "head_dim")
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(f"{name} is {value!r}: expected a positive integer")
+        for name in ("gated_norm", "norm_before_gate", "d_has_hdim", "conv_bias", "proj_bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise CheckpointError(f"{name} is {getattr(self, name)!r}: expected true or false")
+        for name in ("norm_eps", "scan_norm_eps"):
+            value = getattr(self, name)
+            if (name, value) != ("scan_norm_eps", None) and not (_is_number(value) and 0.0 <= value < math.inf):
+                raise CheckpointError(f"{name} is {value!r}: expected a finite number, not below 0")
+        if not isinstance(self.d_mlp, int) or self.d_mlp < 0:
+            raise CheckpointError(f"d_mlp is {self.d_mlp!r}: expected an integer, not below 0")
         if not 2 <= self.d_conv <= 8:
             raise CheckpointError(f"convolution width {self.d_conv} is not covered: expected 2 to 8")
         if self.generation == "mamba2":
@@ -72,8 +81,11 @@ class MambaConfig:
                 raise CheckpointError(f"{self.n_heads} heads do not divide into {self.n_groups} groups")
             if self.d_inner % self.n_groups:
                 raise CheckpointError(f"d_inner {self.d_inner} does not divide into {self.n_groups} groups")
-        if not 0.0 <= self.dt_min <= self.dt_max:
-            raise CheckpointError(f"dt limits ({self.dt_min}, {self.dt_max}) are not an interval of positive numbers")
+        low, high = self.dt_min, self.dt_max
+        if not (_is_number(low) and _is_number(high) and 0.0 <= low <= high):
+            raise CheckpointError(f"dt_min, dt_max are {low!r}, {high!r}: not an interval of positive numbers")
+        if not isinstance(self.eos_token_ids, tuple):
+            raise CheckpointError(f"eos_token_ids is {self.eos_token_ids!r}: expected a sequence of token ids")
 
     @property
     def n_heads(self) -> int:
@@ -118,9 +130,9 @@ class MambaConfig:
             raise CheckpointError(f"config has keys this version does not know: {', '.join(unknown)}")
         given = dict(values)
         if "dt_max" in given:
-            given["dt_max"] = float(given["dt_max"])
+            given["dt_max"] = math.inf if given["dt_max"] == "inf" else given["dt_max"]
         if "eos_token_ids" in given:
-            given["eos_token_ids"] = tuple(given["eos_token_ids"])
+            given["eos_token_ids"] = token_ids(given["eos_token_ids"], "config key 'eos_token_ids'")
         try:
             return cls(**given)
         except TypeError as error:
@@ -153,6 +165,22 @@ class MambaConfig:
         return config
 
 
+def token_ids(value: Any, what: str) -> tuple[int, ...]:
+    """The ids of a config's value: one, a list, or none.
+
+    Raises:
+        CheckpointError: It is something else; the message begins with ``what``.
+    """
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{what} is {value!r}: expected a token id or a list of them")
+    return tuple(ids)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 class _Keys:
     """Hands out the values of a config and remembers which keys were asked for."""
 
@@ -171,9 +199,40 @@ class _Keys:
 
     def take_int(self, key: str, default: Any = _required) -> int:
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-            raise CheckpointError(f"{self._where} key '{key}' is {value!r}: expected an integer")
+        if not _is_number(value) or not abs(value) < 1 << 31 or value != int(value):
+            raise self._unexpected(key, value, "an integer")
         return int(value)
+
+    def take_rank(self, key: str, d_model: int) -> int:
+        """Of dt: a number, or "auto" for d_model / 16."""
+        if self._values.get(key, "auto") == "auto":
+            self.ignore(key)
+            return math.ceil(d_model / 16)
+        return self.take_int(key)
+
+    def take_float(self, key: str, default: float) -> float:
+        value = self.take(key, default)
+        if not _is_number(value) or not abs(value) < 1 << 31:
+            raise self._unexpected(key, value, "a finite number")
+        return float(value)
+
+    def take_bool(self, key: str, default: Any = _required) -> bool:
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self._unexpected(key, value, "true or false")
+        return value
+
+    def take_limits(self, key: str) -> tuple[float, float]:
+        """[low, high]; transformers 5 writes infinity as {"__float__": "Infinity"}, JSON as Infinity."""
+        value = self.take(key, (0.0, math.inf))
+        try:
+            low, high = (float(v["__float__"]) if isinstance(v, dict) else float(v) for v in value)
+        except (KeyError, TypeError, ValueError):
+            raise self._unexpected(key, value, "[low, high]") from None
+        return low, high
+
+    def _unexpected(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self._where} key '{key}' is {value!r}: expected {expected}")
 
     def expect(self, key: str, *allowed: Any) -> None:
         """A key that changes the mathematics and of which we cover these values only."""
@@ -211,33 +270,35 @@ def _from_state_spaces(keys: _Keys) -> MambaConfig:
         "vocab_size": keys.take_int("vocab_size"),
         "d_model": d_model,
         "n_layer": keys.take_int("n_layer"),
-        "tie_embeddings": bool(keys.take("tie_embeddings", True)),
+        "tie_embeddings": keys.take_bool("tie_embeddings", True),
     }
-    keys.take_int("pad_vocab_size_multiple", 8)  # the loader cuts whatever padding the tensors have
-    ssm = _Keys(keys.take("ssm_cfg", None) or {}, where="config key 'ssm_cfg':")
+    _check_padding(keys, 8)
+    ssm_cfg = keys.take("ssm_cfg", None)
+    if not isinstance(ssm_cfg, dict | None):
+        raise CheckpointError(f"config key 'ssm_cfg' is {ssm_cfg!r}: expected an object")
+    ssm = _Keys(ssm_cfg or {}, where="config key 'ssm_cfg':")
     layer = ssm.take("layer", "Mamba1")
     ssm.ignore("dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "use_mem_eff_path", "conv_init")
     ssm.ignore("A_init_range", "layer_idx", "dt_min", "dt_max", "sequence_parallel")
     common["d_conv"] = ssm.take_int("d_conv", 4)
-    common["proj_bias"] = bool(ssm.take("bias", False))
-    common["conv_bias"] = bool(ssm.take("conv_bias", True))
-    expanded = int(ssm.take("expand", 2) * d_model)
+    common["proj_bias"] = ssm.take_bool("bias", False)
+    common["conv_bias"] = ssm.take_bool("conv_bias", True)
+    expanded = int(ssm.take_float("expand", 2) * d_model)
     if layer == "Mamba1":
-        rank = ssm.take("dt_rank", "auto")
         config = MambaConfig(
             generation="mamba",
             d_inner=expanded,
             d_state=ssm.take_int("d_state", 16),
-            dt_rank=math.ceil(d_model / 16) if rank == "auto" else int(rank),
+            dt_rank=ssm.take_rank("dt_rank", d_model),
             **common,
         )
     elif layer == "Mamba2":
         ssm.expect("process_group", None)
         d_ssm = ssm.take("d_ssm", None)
-        d_inner = expanded if d_ssm is None else int(d_ssm)
+        d_inner = expanded if d_ssm is None else _Keys({"d_ssm": d_ssm}, "config key 'ssm_cfg':").take_int("d_ssm")
         if d_inner > expanded:
             raise CheckpointError(f"ssm_cfg key 'd_ssm' is {d_inner}, above expand * d_model = {expanded}")
-        dt_min, dt_max = _limits(ssm.take("dt_limit", (0.0, math.inf)))
+        dt_min, dt_max = ssm.take_limits("dt_limit")
         config = MambaConfig(
             generation="mamba2",
             d_inner=d_inner,
@@ -246,9 +307,9 @@ def _from_state_spaces(keys: _Keys) -> MambaConfig:
             head_dim=ssm.take_int("headdim", 64),
             n_groups=ssm.take_int("ngroups", 1),
             chunk_size=ssm.take_int("chunk_size", 256),
-            gated_norm=bool(ssm.take("rmsnorm", True)),
-            norm_before_gate=bool(ssm.take("norm_before_gate", False)),
-            d_has_hdim=bool(ssm.take("D_has_hdim", False)),
+            gated_norm=ssm.take_bool("rmsnorm", True),
+            norm_before_gate=ssm.take_bool("norm_before_gate", False),
+            d_has_hdim=ssm.take_bool("D_has_hdim", False),
             dt_min=dt_min,
             dt_max=dt_max,
             **common,
@@ -282,31 +343,37 @@ def _from_hugging_face(keys: _Keys) -> MambaConfig:
     keys.ignore(*_HUGGING_FACE_HARMLESS)
     keys.expect("hidden_act", "silu", "swish")
     d_model = keys.take_int("hidden_size")
-    expand = keys.take("expand", 2)
-    eos = keys.take("eos_token_id", None)
+    expand = keys.take_float("expand", 2)
+    eos = token_ids(keys.take("eos_token_id", None), "config key 'eos_token_id'")
     common: dict[str, Any] = {
         "vocab_size": keys.take_int("vocab_size"),
         "d_model": d_model,
         "n_layer": keys.take_int("num_hidden_layers"),
         "d_state": keys.take_int("state_size"),
         "d_conv": keys.take_int("conv_kernel"),
-        "norm_eps": float(keys.take("layer_norm_epsilon", 1e-5)),
-        "conv_bias": bool(keys.take("use_conv_bias", True)),
-        "proj_bias": bool(keys.take("use_bias", False)),
-        "tie_embeddings": bool(keys.take("tie_word_embeddings", model_type != "mamba2")),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        "norm_eps": keys.take_float("layer_norm_epsilon", 1e-5),
+        "conv_bias": keys.take_bool("use_conv_bias", True),
+        "proj_bias": keys.take_bool("use_bias", False),
+        "tie_embeddings": keys.take_bool("tie_word_embeddings", model_type != "mamba2"),
+        "eos_token_ids": eos,
     }
-    rank = keys.take("time_step_rank", "auto")
+    # state-spaces/mamba-130m-hf and its kin keep the original's keys beside these
+    keys.expect("d_model", d_model)
+    keys.expect("n_layer", common["n_layer"])
+    keys.expect("rms_norm", True)
+    keys.expect("ssm_cfg", {}, None)
+    keys.ignore("pad_vocab_size_multiple")  # vocab_size counts the padding already
     if model_type == "mamba2":
-        keys.ignore("intermediate_size", "norm_before_gate")  # published true, and never read: the gate comes first
-        keys.expect("rms_norm", True)
+        # norm_before_gate was published true, and is never read: the gate comes first
+        keys.ignore("intermediate_size", "norm_before_gate", "time_step_rank")
         n_heads = keys.take_int("num_heads")
         head_dim = keys.take_int("head_dim")
         if n_heads * head_dim != int(expand * d_model):
             raise CheckpointError(
                 f"num_heads * head_dim = {n_heads * head_dim}, expand * hidden_size = {expand * d_model}"
             )
-        dt_min, dt_max = _limits(keys.take("time_step_limit", (0.0, math.inf)))
+        keys.expect("d_inner", n_heads * head_dim)
+        dt_min, dt_max = keys.take_limits("time_step_limit")
         return MambaConfig(
             generation="mamba2",
             d_inner=n_heads * head_dim,
@@ -317,12 +384,14 @@ def _from_hugging_face(keys: _Keys) -> MambaConfig:
             dt_max=dt_max,
             **common,
         )
+    # one published Falcon-Mamba revision has expand 16 and intermediate_size 8192: the latter is the truth
+    d_inner = keys.take_int("intermediate_size", int(expand * d_model))
+    keys.expect("d_inner", d_inner)
     return MambaConfig(
         generation="mamba",
-        # one published Falcon-Mamba revision has expand 16 and intermediate_size 8192: the latter is the truth
-        d_inner=keys.take_int("intermediate_size", int(expand * d_model)),
-        dt_rank=math.ceil(d_model / 16) if rank == "auto" else int(rank),
-        scan_norm_eps=float(keys.take("mixer_rms_eps", 1e-6)) if model_type == "falcon_mamba" else None,
+        d_inner=d_inner,
+        dt_rank=keys.take_rank("time_step_rank", d_model),
+        scan_norm_eps=keys.take_float("mixer_rms_eps", 1e-6) if model_type == "falcon_mamba" else None,
         **common,
     )
 
@@ -332,7 +401,7 @@ def _from_codestral(keys: _Keys) -> MambaConfig:
     keys.ignore("fused_add_norm", "residual_in_fp32")
     keys.expect("model_type", "mamba")
     keys.expect("rms_norm", True)
-    keys.take_int("pad_vocab_size_multiple", 1)
+    _check_padding(keys, 1)
     d_model = keys.take_int("dim")
     return MambaConfig(
         generation="mamba2",
@@ -343,13 +412,11 @@ def _from_codestral(keys: _Keys) -> MambaConfig:
         d_state=128,
         head_dim=64,
         n_groups=keys.take_int("n_groups"),
-        tie_embeddings=bool(keys.take("tie_embeddings")),
+        tie_embeddings=keys.take_bool("tie_embeddings"),
     )
 
 
-def _limits(value: Any) -> tuple[float, float]:
-    """[low, high]; transformers 5 writes infinity as {"__float__": "Infinity"}, JSON as Infinity."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise CheckpointError(f"the limits of dt are {value!r}: expected [low, high]")
-    low, high = (float(v["__float__"]) if isinstance(v, dict) and "__float__" in v else float(v) for v in value)
-    return low, high
+def _check_padding(keys: _Keys, default: int) -> None:
+    """The loader cuts the padding rows off, once it knows how many there are."""
+    if keys.take_int("pad_vocab_size_multiple", default) < 1:
+        raise CheckpointError("config key 'pad_vocab_size_multiple' is below 1")

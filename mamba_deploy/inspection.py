@@ -60,8 +60,7 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
-    require("torch", extra="export", why="read a checkpoint")
-    from mamba_deploy.checkpoint import load_checkpoint
+    from mamba_deploy import load_checkpoint  # which says so if torch is missing
 
     config, weights = load_checkpoint(path)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values())

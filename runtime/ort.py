@@ -9,13 +9,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract, numpy_dtype
 from mamba_deploy.errors import EngineError, require
 from mamba_deploy.runtime.state import State
 
-__all__ = ["OrtBackend"]
+__all__ = ["OrtBackend", "cannot_run"]
 
 _ELEMENT_TYPES = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
+
+
+def cannot_run(graph: str, config: MambaConfig, contract: Contract) -> str:
+    """Why the installed ONNX Runtime cannot run a bundle's ``lowered`` or ``portable`` graph on a CPU; "" if it can.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+    """
+    version = require("onnxruntime", extra="cpu", why="run an ONNX file").__version__
+    if graph == "portable" and contract.dtype == "bfloat16":
+        return "ONNX Runtime has no bfloat16 kernels for a CPU"
+    if graph == "lowered" and config.generation == "mamba2" and _release(version) < (1, 26):
+        return f"ONNX Runtime {version} lacks LinearAttention, which comes with 1.26"
+    return ""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 class OrtBackend:
@@ -41,7 +60,8 @@ class OrtBackend:
             self._session = self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise EngineError(
-                f"ONNX Runtime {self._ort.__version__} cannot load {path}: {error}", hint=_hint(str(error), contract)
+                f"ONNX Runtime {self._ort.__version__} cannot load {path}: {error}",
+                hint="try a newer one: pip install -U 'mamba-deploy[cpu]'",
             ) from error
         self._contract = contract
         self._steps: weakref.WeakKeyDictionary[State, dict[int, _Binding]] = weakref.WeakKeyDictionary()
@@ -101,11 +121,3 @@ class _Binding:
     def __init__(self, bound: Any, arrays: dict[str, NDArray]) -> None:
         self.bound = bound
         self.arrays = arrays
-
-
-def _hint(message: str, contract: Contract) -> str:
-    if "NOT_IMPLEMENTED" in message and contract.dtype == "bfloat16":
-        return "ONNX Runtime has no bfloat16 kernels for a CPU: open the bundle with its lowered graph"
-    if "com.microsoft" in message or "LinearAttention" in message:
-        return "the CPU graph needs onnxruntime 1.26 or newer: pip install -U 'mamba-deploy[cpu]'"
-    return "export the model again, or try a newer onnxruntime: pip install -U 'mamba-deploy[cpu]'"

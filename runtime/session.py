@@ -7,6 +7,7 @@ logits = session.step(logits.argmax(-1))        # float32 [2, V]
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mamba_deploy.bundle import LOWERED, PORTABLE, TOKENIZER, Bundle
+from mamba_deploy.bundle import LOWERED, PORTABLE, TOKENIZER, WEIGHTS, Bundle
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import EngineError, InputError
 from mamba_deploy.runtime.backend import Backend
 from mamba_deploy.runtime.generate import Statistics, Token, generate
-from mamba_deploy.runtime.ort import OrtBackend
+from mamba_deploy.runtime.ort import OrtBackend, cannot_run
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.state import Snapshot, State, check_fits
 from mamba_deploy.runtime.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ class Session:
         path: str | Path,
         backend: str = "onnxruntime",
         *,
-        graph: Literal["lowered", "portable"] = "lowered",
+        graph: Literal["auto", "lowered", "portable"] = "auto",
         threads: int | None = None,
         max_chunk: int = DEFAULT_MAX_CHUNK,
     ) -> Session:
@@ -76,7 +77,8 @@ class Session:
         Args:
             path: The directory.
             backend: ``onnxruntime``, or ``torch`` for the PyTorch reference over the same weights.
-            graph: For ONNX Runtime: ``lowered`` is the graph made for CPUs, ``portable`` is ``model.onnx`` itself.
+            graph: For ONNX Runtime: ``lowered`` is the graph made for CPUs, ``portable`` is ``model.onnx`` itself;
+                ``auto`` is the former, or with a warning the latter where ONNX Runtime lacks an operator of it.
             threads: Threads of one operator; None leaves it to the backend.
             max_chunk: Tokens of one call; longer prompts are read in several. It bounds memory, not what can be read.
 
@@ -89,12 +91,7 @@ class Session:
         bundle = Bundle.open(path)
         opened: Backend
         if backend == "onnxruntime":
-            if graph not in ("lowered", "portable"):
-                raise InputError(f"graph is {graph!r}: expected 'lowered' or 'portable'")
-            bundle.file("model.onnx.data")
-            opened = OrtBackend(
-                bundle.file(LOWERED if graph == "lowered" else PORTABLE), bundle.contract, threads=threads
-            )
+            opened = _open_onnxruntime(bundle, graph, threads)
         elif backend == "torch":
             from mamba_deploy.exporters.reference import TorchBackend
 
@@ -323,6 +320,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open_onnxruntime(bundle: Bundle, graph: str, threads: int | None) -> OrtBackend:
+    if graph not in ("auto", "lowered", "portable"):
+        raise InputError(f"graph is {graph!r}: expected 'auto', 'lowered' or 'portable'")
+    reason = cannot_run("lowered" if graph == "auto" else graph, bundle.config, bundle.contract)
+    if graph == "auto":
+        graph = "portable" if reason else "lowered"
+        if reason:
+            warnings.warn(f"{reason}: running the slower {PORTABLE} instead", stacklevel=3)
+            reason = cannot_run(graph, bundle.config, bundle.contract)
+    if reason:
+        raise EngineError(f"{reason}: it cannot run the {graph} graph of {bundle.path}", hint="try the other graph")
+    bundle.file(WEIGHTS)
+    return OrtBackend(bundle.file(LOWERED if graph == "lowered" else PORTABLE), bundle.contract, threads=threads)
 
 
 def _token_rows(ids: Any, vocab_size: int) -> list[NDArray[np.int64]]:

@@ -127,8 +127,12 @@ class Report:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
-        return {"backend": self.backend, "passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        """As ``--json`` prints it: an error that is not finite is null."""
+        checks = [
+            asdict(c) | {"error": _finite(c.error), "series": [_finite(error) for error in c.series]}
+            for c in self.checks
+        ]
+        return {"backend": self.backend, "passed": self.passed, "checks": checks}
 
     def table(self) -> str:
         """For people."""
@@ -138,6 +142,10 @@ class Report:
             verdict = "ok" if c.passed else "DIFFERS"
             lines.append(f"  {c.name:<{width}}  {c.error:8.1e}  {c.tolerance:8.1e}  {verdict:<7} {c.where}")
         return "\n".join(lines)
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
 
 
 def verify(session: Session, answers: Answers) -> Report:

@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["codestral", "hugging_face", "native_mamba2", "random_model", "save_weights", "state_spaces"]
+__all__ = ["codestral", "config_class", "hugging_face", "native_mamba2", "random_model", "save_weights", "state_spaces"]
 
 transformers.logging.set_verbosity_error()  # it warns that it runs without CUDA kernels
 transformers.logging.disable_progress_bar()
@@ -52,16 +52,21 @@ PADDING_JUNK = 1e4  # in every padding row: if one leaks into the logits, it win
 _OFFICIAL = {"backbone.embeddings.weight": "backbone.embedding.weight"}  # the one name that differs
 
 
+def config_class(family: Family) -> type[PretrainedConfig]:
+    """The config class of transformers, with its defaults."""
+    return _CLASSES[family][0]
+
+
 def random_model(family: Family = "mamba", *, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A transformers model with random weights, the same for the same seed and options.
 
     For ``mamba2``, ``num_heads`` follows from the other sizes unless given.
     """
-    config_class, model_class = _CLASSES[family]
+    model_class = _CLASSES[family][1]
     values = _COMMON | (_MAMBA2 if family == "mamba2" else {}) | options
     if family == "mamba2" and "num_heads" not in options:
         values["num_heads"] = int(values.get("expand", 2) * values["hidden_size"]) // values["head_dim"]
-    model = model_class(config_class(**values))
+    model = model_class(config_class(family)(**values))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -145,7 +145,7 @@ def error_bound(reference: Array, size: Array, roundings: int, compute: float, s
 
     Returns:
         storage * |reference| + 5 * sqrt(roundings) * compute * size + tiny: one rounding on storing, and the
-        probabilistic bound of Higham and Mary 2019, theorem 2.4, which is sqrt(n) times a small constant where the
+        probabilistic bound of Higham and Mary 2019, which is sqrt(n) times a small constant where the
         worst case is n.
     """
     return storage * np.abs(reference) + 5 * np.sqrt(roundings) * compute * size + tiny

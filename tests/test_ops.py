@@ -398,9 +398,7 @@ def trainable(args: list[Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), [pytest.param(n, c, id=f"{n}-{i}") for i, (n, c) in enumerate(GRADIENTS)]
-)
+@pytest.mark.parametrize(("name", "changes"), [pytest.param(n, c, id=f"{n}-{i}") for i, (n, c) in enumerate(GRADIENTS)])
 def test_gradients_are_those_of_finite_differences(name, changes):
     args = trainable(ARGS[name](**TINY[name] | changes))
     assert torch.autograd.gradcheck(getattr(ops, name), args)
@@ -448,9 +446,7 @@ OPCHECK = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), [pytest.param(n, c, id=f"{n}-{c.get('T')}") for n, c in OPCHECK]
-)
+@pytest.mark.parametrize(("name", "changes"), [pytest.param(n, c, id=f"{n}-{c.get('T')}") for n, c in OPCHECK])
 def test_registration_passes_opcheck(name, changes):
     args = ARGS[name](**changes)
     torch.library.opcheck(getattr(ops, name), trainable(args) if changes["T"] == F32 else [
