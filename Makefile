@@ -38,7 +38,7 @@ demo: $(DEMOS:%=demo-%)
 $(DEMOS:%=demo-%): demo-%: venv
 	$(CLI) export samples/$* out/$* --force
 	$(CLI) verify out/$*
-	$(CLI) generate out/$* -p "def main(" -n 128
+	$(CLI) generate out/$* -p "def main(" -n 200 --temperature 0.7 --top-p 0.95 --seed 3
 	@echo
 
 test: venv

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir
+import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -63,7 +65,7 @@ class TorchBackend:
             for spec, tensor in zip(self._contract.states, new, strict=True):
                 _tensor(state.spare[spec.name], spec.dtype).copy_(tensor)
         state.swap()
-        return np.array(logits)
+        return logits.numpy()
 
     def close(self) -> None:
         """Let the model go."""
@@ -89,7 +91,9 @@ def bundle_weights(bundle: Bundle) -> dict[str, Tensor]:
             continue
         array = value.const_value.numpy()
         narrow = value.dtype == onnx_ir.DataType.BFLOAT16
-        tensor = torch.from_numpy(array.view(np.uint16) if narrow else array)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nobody writes to it
+            tensor = torch.from_numpy(array.view(np.uint16) if narrow else array)
         tensor = tensor.view(torch.bfloat16) if narrow else tensor
         found[stem] = tensor if stem == name else tensor.t()
     return found
@@ -112,10 +116,10 @@ def reference_answers(
         for i, prompt in enumerate(prompts):
             logits, state = model(torch.tensor([prompt]), all_logits=True)
             arrays[f"prompt.{i}"] = np.array(prompt, np.int32)
-            arrays[f"logits.{i}"] = np.array(logits[0])
+            arrays[f"logits.{i}"] = logits[0].numpy()
             if i == 0:
                 for layer, (conv, ssm) in enumerate(zip(state.conv, state.ssm, strict=True)):
-                    arrays[f"conv_state.{layer}"], arrays[f"ssm_state.{layer}"] = np.array(conv[0]), np.array(ssm[0])
+                    arrays[f"conv_state.{layer}"], arrays[f"ssm_state.{layer}"] = conv[0].numpy(), ssm[0].numpy()
             last, tokens, gaps = logits[:, -1], [], []
             for _ in range(GREEDY_TOKENS):
                 best = last[0].topk(min(2, config.vocab_size)).values
@@ -130,6 +134,6 @@ def reference_answers(
 
 def write_answers(answers: Answers, path: Path) -> None:
     """As ``reference.safetensors``."""
-    from safetensors.numpy import save_file
-
-    save_file(dict(answers.arrays), path, metadata={"about": json.dumps({"made by": f"torch {torch.__version__}"})})
+    # Not save_file: it makes the file unreadable for other users, and says "no space left" with an error of its own.
+    about = {"about": json.dumps({"made by": f"torch {torch.__version__}"})}
+    path.write_bytes(safetensors.numpy.save(dict(answers.arrays), metadata=about))

@@ -102,6 +102,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     missing = [key for key in ("dtypes", "logits", "contract", "files") if key not in manifest]
     if missing:
         raise BundleError(f"{path / MANIFEST} lacks {', '.join(missing)}", hint="export the model again")
+    dtypes, files = manifest["dtypes"], manifest["files"]
+    if not (
+        isinstance(dtypes, dict)
+        and {"activation", "state"} <= dtypes.keys()
+        and isinstance(files, dict)
+        and all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values())
+    ):
+        raise BundleError(f"{path / MANIFEST}: dtypes or files are damaged", hint="export the model again")
     return manifest
 
 
@@ -160,9 +168,9 @@ def write_bundle(
 ) -> Iterator[Path]:
     """Give a fresh temporary directory to fill; when the block ends, it becomes the bundle.
 
-    The temporary directory is a sibling of ``path``, so the last step is a rename. If the block raises, or is
-    interrupted, it is removed and ``path`` is as it was. With ``force`` an existing directory is replaced; files in it
-    that no bundle owns are kept.
+    The temporary directory is a sibling of ``path`` (of what it points to, if it is a link), so the last step is a
+    rename. If the block raises, or is interrupted, it is removed and ``path`` is as it was. With ``force`` an existing
+    directory is replaced; files in it that no bundle owns are kept.
 
     Args:
         path: The bundle's directory.
@@ -174,13 +182,13 @@ def write_bundle(
     Raises:
         BundleError: The directory exists and is not empty, is a file, or cannot be written.
     """
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser().resolve()
     refuse_to_overwrite(path, force=force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     except OSError as error:
-        raise BundleError(f"{path} cannot be written: {error}") from error
+        raise BundleError(f"{path} cannot be written: {error}", hint="choose another output directory") from error
     try:
         work.chmod(0o777 & ~_umask())
         yield work
@@ -208,11 +216,16 @@ def refuse_to_overwrite(path: Path, *, force: bool) -> None:
     """Raise before any work is done if a bundle may not be written at ``path``.
 
     Raises:
-        BundleError: It is a file, or a directory that is not empty and ``force`` is not given.
+        BundleError: It is a file, or a directory that is not empty and ``force`` is not given, or it cannot be read.
     """
-    if path.exists() and not path.is_dir():
+    try:
+        in_the_way = path.exists() and not path.is_dir()
+        filled = path.is_dir() and any(path.iterdir())
+    except OSError as error:
+        raise BundleError(f"{path} cannot be written: {error}", hint="choose another output directory") from error
+    if in_the_way:
         raise BundleError(f"{path} exists and is not a directory", hint="choose another output directory")
-    if path.is_dir() and any(path.iterdir()) and not force:
+    if filled and not force:
         raise BundleError(f"{path} is not empty", hint="choose another directory, or pass --force to replace it")
 
 
@@ -227,23 +240,36 @@ def _put_in_place(work: Path, path: Path) -> None:
         work.rename(path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    old = aside / path.name
-    path.rename(old)
     try:
+        path.rename(aside / path.name)
         work.rename(path)
-    except OSError:
+    finally:
+        try:
+            _settle(aside, path)
+        except BaseException:  # an interrupt: what it broke off is done before it is passed on
+            _settle(aside, path)
+            raise
+
+
+def _settle(aside: Path, path: Path) -> None:
+    """After two renames, or one, or none: the old directory goes back if nothing stands in its place; else files that
+    no bundle owns are carried over from it. If that fails, what is aside stays there.
+    """
+    old = aside / path.name
+    if old.exists() and not path.exists():
         old.rename(path)
-        raise
-    owned = _owned_names(old)
-    for entry in old.iterdir():
-        if entry.name not in owned and not (path / entry.name).exists():
-            entry.rename(path / entry.name)
-    shutil.rmtree(aside)
+    elif old.exists():
+        owned = _owned_names(old)
+        for entry in list(old.iterdir()):
+            if entry.name not in owned and not os.path.lexists(path / entry.name):
+                entry.rename(path / entry.name)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _owned_names(path: Path) -> set[str]:
     """Names of a directory that a bundle put there: what its manifest lists."""
     try:
-        return {MANIFEST, *_read_json(path / MANIFEST).get("files", {})}
+        files = _read_json(path / MANIFEST).get("files")
     except BundleError:
-        return {MANIFEST}
+        files = None
+    return {MANIFEST, *(files if isinstance(files, dict) else {})}

@@ -95,8 +95,8 @@ def _selective_scan(
         decay = torch.exp(delta[:, tokens, :, None] * A)  # [B, t, D, N]
         drive = (delta[:, tokens] * u[:, tokens])[..., None] * B[:, tokens, None, :]
         states = []
-        for t in range(decay.shape[1]):
-            h = torch.addcmul(drive[:, t], decay[:, t], h)
+        for decay_t, drive_t in zip(decay.unbind(1), drive.unbind(1), strict=True):
+            h = torch.addcmul(drive_t, decay_t, h)
             states.append(h)
         outputs.append((torch.stack(states, 1) @ C[:, tokens, :, None])[..., 0])
     y = torch.cat(outputs, dim=1)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from mamba_deploy.bundle import LOWERED, PORTABLE, TOKENIZER, WEIGHTS, Bundle
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
-from mamba_deploy.errors import EngineError, InputError
+from mamba_deploy.errors import EngineError, InputError, MissingDependencyError
 from mamba_deploy.runtime.backend import Backend
 from mamba_deploy.runtime.generate import Statistics, Token, generate
 from mamba_deploy.runtime.ort import OrtBackend, cannot_run
@@ -93,8 +93,15 @@ class Session:
         if backend == "onnxruntime":
             opened = _open_onnxruntime(bundle, graph, threads)
         elif backend == "torch":
-            from mamba_deploy.exporters.reference import TorchBackend
-
+            try:
+                from mamba_deploy.exporters.reference import TorchBackend
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.startswith("mamba_deploy"):
+                    raise
+                raise MissingDependencyError(
+                    f"the Python package '{error.name}' is needed to run the PyTorch reference, and is not installed",
+                    hint="pip install 'mamba-deploy[export]'",
+                ) from error
             opened = TorchBackend.from_bundle(bundle, threads=threads)
         else:
             raise EngineError(f"there is no backend '{backend}'", hint=f"choose one of: {', '.join(BACKENDS)}")
@@ -136,6 +143,8 @@ class Session:
     def prefill(self, ids: ArrayLike | Sequence[Sequence[int]], *, all_positions: bool = False) -> NDArray[np.float32]:
         """Read token ids onto the current state, each row its own number of them.
 
+        If it fails or is interrupted, in whichever chunk, the state is as it was.
+
         Args:
             ids: Integers [B, L], or B rows of unequal length. A row without tokens keeps its state, and its logits
                 mean nothing; at least one row must have some.
@@ -153,11 +162,32 @@ class Session:
             raise InputError(
                 "this bundle gives logits of the last token only", hint="export it again with --logits all"
             )
+        before = self._state
         state = self._state_for(len(rows))
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
         longest = int(lengths.max())
         V = self.config.vocab_size
         result = np.zeros((len(rows), longest, V) if all_positions else (len(rows), V), np.float32)
+        saved = state.snapshot() if before is not None and longest > self.max_chunk else None
+        try:
+            self._read(rows, lengths, state, result, all_positions)
+        except BaseException:
+            if saved is not None:
+                state.restore(saved)
+            self._state = before
+            raise
+        return result
+
+    def _read(
+        self,
+        rows: Sequence[NDArray[np.int64]],
+        lengths: NDArray[np.int32],
+        state: State,
+        result: NDArray[np.float32],
+        all_positions: bool,
+    ) -> None:
+        """Run the chunks of checked rows and put their logits into ``result``."""
+        longest = int(lengths.max())
         for start in range(0, longest, self.max_chunk):
             width = min(self.max_chunk, longest - start)
             seq_lens = np.clip(lengths - start, 0, width)
@@ -173,7 +203,6 @@ class Session:
                 result[used] = logits[used, seq_lens[used] - 1]
             else:
                 result[used] = logits[used]
-        return result
 
     def step(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Read one token a row.
@@ -187,7 +216,10 @@ class Session:
         Raises:
             InputError: An id is not in the vocabulary, or the number of rows changed.
         """
-        checked = np.asarray(tokens)
+        try:
+            checked = np.asarray(tokens)
+        except ValueError as error:  # rows of unequal length
+            raise InputError(f"step takes one token a row, [B] integers: {error}") from error
         if checked.ndim != 1:
             raise InputError(f"step takes one token a row, [B] integers; got an array of shape {list(checked.shape)}")
         return self.prefill(checked[:, None])
@@ -204,7 +236,7 @@ class Session:
 
     # --- state ----------------------------------------------------------------------------------------------------
 
-    def reset(self, rows: Iterable[int] | None = None) -> None:
+    def reset(self, rows: int | Iterable[int] | None = None) -> None:
         """Forget.
 
         Args:
@@ -216,7 +248,9 @@ class Session:
         if rows is None:
             self._state = None
             return
-        chosen = [rows] if isinstance(rows, int) else list(rows)
+        chosen = list(rows) if isinstance(rows, Iterable) else [rows]
+        if any(isinstance(row, bool | np.bool_) or not isinstance(row, int | np.integer) for row in chosen):
+            raise InputError(f"rows are {chosen}: expected row numbers")
         batch = self.batch or 0
         for row in chosen:
             if not 0 <= row < batch:
@@ -292,6 +326,10 @@ class Session:
         )
 
     def _encode(self, prompt: Any) -> list[list[int]]:
+        if hasattr(prompt, "tolist"):  # an array or a tensor
+            prompt = prompt.tolist()
+        if not isinstance(prompt, str | Sequence):
+            raise InputError(f"prompt is {prompt!r}: expected text, token ids, or a list of either")
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
         rows = []
         for row in [prompt] if single else prompt:
@@ -302,7 +340,7 @@ class Session:
                         hint="export again with --tokenizer FILE, or give ids",
                     )
                 row = self.tokenizer.encode(row)
-            rows.append(list(row))
+            rows.append(row)
         return rows
 
     # --- end ------------------------------------------------------------------------------------------------------
@@ -339,13 +377,16 @@ def _open_onnxruntime(bundle: Bundle, graph: str, threads: int | None) -> OrtBac
 
 def _token_rows(ids: Any, vocab_size: int) -> list[NDArray[np.int64]]:
     """Each row as an array, every id checked."""
-    if isinstance(ids, str) or not hasattr(ids, "__len__"):
+    if isinstance(ids, str) or not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0:
         raise InputError(f"token ids are {type(ids).__name__}: expected integers [B, L], or a list of rows")
     if len(ids) == 0:
         raise InputError("no rows were given: expected integers [B, L], or a list of rows")
     rows = []
     for b, row in enumerate(ids):
-        array = np.asarray(row)
+        try:
+            array = np.asarray(row)
+        except ValueError as error:  # lists of unequal length
+            raise InputError(f"row {b} is not a row of integers: {error}") from error
         if array.ndim != 1:
             raise InputError(
                 f"row {b} has {array.ndim} axes: expected integers [B, L], or a list of rows of integers",

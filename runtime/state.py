@@ -5,6 +5,7 @@ bfloat16 arrays are uint16 here, as NumPy has no such dtype; files hold them as 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Snapshot:
     @property
     def batch(self) -> int:
         """Rows."""
-        return len(next(iter(self.arrays.values())))
+        shape = next(iter(self.arrays.values())).shape
+        return shape[0] if shape else 0
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; it appears whole or not at all.
@@ -44,13 +46,9 @@ class Snapshot:
             OSError: The file cannot be written.
         """
         path = Path(path)
-        entries: dict[str, Any] = {
-            name: {"dtype": self.dtypes[name], "shape": list(array.shape), "data": array.tobytes()}
-            for name, array in self.arrays.items()
-        }
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_bytes(safetensors.serialize(entries, {"format": _FORMAT}))
+            partial.write_bytes(_safetensors_bytes(self.arrays, self.dtypes))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -64,9 +62,15 @@ class Snapshot:
         """
         path = Path(path)
         try:
-            content = safetensors.deserialize(path.read_bytes())
+            raw = path.read_bytes()
+            content = safetensors.deserialize(raw)
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} cannot be read as a saved state: {error}") from error
+        if (found := _metadata(raw).get("format")) != _FORMAT:
+            raise InputError(
+                f"{path} is not a saved state: its format is {found!r}, not {_FORMAT!r}",
+                hint="give a file that Snapshot.save wrote",
+            )
         names = {file_name: name for name, file_name in _FILE_DTYPES.items()}
         arrays, dtypes = {}, {}
         for name, entry in content:
@@ -78,6 +82,29 @@ class Snapshot:
         if not arrays:
             raise InputError(f"{path} holds no tensors: not a saved state")
         return cls(arrays, dtypes)
+
+
+def _safetensors_bytes(arrays: Mapping[str, NDArray], dtypes: Mapping[str, str]) -> bytes:
+    """A safetensors file: the length of a JSON header, the header, and the data at the offsets it names.
+
+    Written here because the library's NumPy side has no bfloat16, and its ``serialize`` changes between versions.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": _FORMAT}}
+    data = [np.ascontiguousarray(array).tobytes() for array in arrays.values()]
+    offset = 0
+    for (name, array), block in zip(arrays.items(), data, strict=True):
+        end = offset + len(block)
+        header[name] = {"dtype": _FILE_DTYPES[dtypes[name]], "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Of a safetensors file that the library has read, so that its header is sound."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__") or {}
 
 
 class State:
@@ -135,6 +162,8 @@ def check_fits(snapshot: Snapshot, contract: Contract) -> None:
             f"the saved state and the model do not have the same tensors: {', '.join(odd[:4])}",
             hint="a state can only go on in the model it came from",
         )
+    if snapshot.batch == 0:
+        raise InputError("the saved state has no rows")
     for name, spec in expected.items():
         shape, dtype = snapshot.arrays[name].shape, snapshot.dtypes[name]
         if shape != spec.shape(snapshot.batch) or dtype != spec.dtype:

@@ -38,8 +38,7 @@ from mamba_deploy.checkpoint import expected_tensors, load_checkpoint, model_wei
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.model import MambaModel
 
-EOS_ID, EOS_TEXT = 256, "<|endoftext|>"
-VOCAB_SIZE = 257  # the bytes, and the end of a module
+EOS_ID, EOS_TEXT = 256, "<|endoftext|>"  # the end of a module; ids below it are bytes
 HELD_OUT = (
     "_markupbase.py json/scanner.py multiprocessing/reduction.py py_compile.py pyclbr.py unittest/util.py "
     "urllib/robotparser.py"
@@ -47,8 +46,8 @@ HELD_OUT = (
 # Not part of the library proper: tests, other people's packages, build settings, and files that are one large table.
 SKIPPED = re.compile("tests?|test_.*|testmock|idle_test|.*-packages|config-.*|_sysconfigdata.*|encodings|pydoc_data")
 SSM_CFG: dict[str, dict[str, Any]] = {"mamba": {}, "mamba2": {"layer": "Mamba2", "d_state": 64, "headdim": 32}}
-SCAN_CHUNK = 32  # tokens
-EVALUATION_CHUNK = 2048  # tokens
+D_MODEL = 128
+SCAN_CHUNK, EVALUATION_CHUNK = 32, 2048  # tokens
 
 
 def read_modules(source: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
@@ -59,8 +58,7 @@ def read_modules(source: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
         if not any(SKIPPED.fullmatch(part) for part in parts):
             training["/".join(parts)] = path.read_bytes()
     held_out = {name: training.pop(name) for name in HELD_OUT if name in training}
-    copies = set(held_out.values())
-    return {name: content for name, content in training.items() if content not in copies}, held_out
+    return {name: text for name, text in training.items() if text not in held_out.values()}, held_out
 
 
 def sha256(content: bytes) -> str:
@@ -73,9 +71,9 @@ def joined_ids(modules: Mapping[str, bytes]) -> Tensor:
     return torch.tensor([EOS_ID, *following], dtype=torch.int16)
 
 
-def new_config(generation: str, d_model: int, n_layer: int) -> dict[str, Any]:
+def new_config(generation: str, n_layer: int) -> dict[str, Any]:
     """config.json as mamba_ssm writes it (mamba_ssm/models/config_mamba.py)."""
-    sizes = {"d_model": d_model, "d_intermediate": 0, "n_layer": n_layer, "vocab_size": VOCAB_SIZE}
+    sizes = {"d_model": D_MODEL, "d_intermediate": 0, "n_layer": n_layer, "vocab_size": EOS_ID + 1}
     mixers = {"ssm_cfg": SSM_CFG[generation], "attn_layer_idx": [], "attn_cfg": {}}
     norms = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
     return {**sizes, **mixers, **norms, "pad_vocab_size_multiple": 8, "tie_embeddings": True}
@@ -105,10 +103,11 @@ def new_tensors(config: MambaConfig, rows: int, seed: int) -> dict[str, Tensor]:
         bound = (shape[1] * (config.n_layer if leaf == "out_proj.weight" else 1)) ** -0.5
         return uniform(shape, -bound, bound)
 
-    shapes = expected_tensors(config, rows)
-    return {name: initial(name, shape) for name, shape in shapes.items() if name != "lm_head.weight"}
+    names = expected_tensors(config, rows).items()
+    return {name: initial(name, shape) for name, shape in names if name != "lm_head.weight"}
 
 
+@torch.compile(dynamic=False)
 def parallel_selective_scan(*values: Any) -> tuple[Tensor, Tensor]:
     """``ops.selective_scan`` for rows used to their end; the op itself is a loop over tokens, slow on a GPU."""
     x, dt, A, B, C, D, z, dt_bias, state = values[:9]
@@ -127,6 +126,7 @@ def parallel_selective_scan(*values: Any) -> tuple[Tensor, Tensor]:
     return y * F.silu(z), state
 
 
+@torch.compile(dynamic=False)
 def parallel_ssd_scan(*values: Any) -> tuple[Tensor, Tensor]:
     """``ops.ssd_scan`` for rows used to their end, one group, and dt without limits."""
     x, dt, A, B, C, D, dt_bias, state = values[:8]
@@ -153,12 +153,6 @@ def carry_across(state: Tensor, decays: Tensor, additions: Tensor) -> tuple[Tens
     return torch.stack(starts, 1), state
 
 
-def fast_scans() -> contextlib.AbstractContextManager[Any]:
-    """Within it a model runs through the scans above, each compiled to a few kernels."""
-    selective, ssd = (torch.compile(scan, dynamic=False) for scan in (parallel_selective_scan, parallel_ssd_scan))
-    return mock.patch.multiple(ops, selective_scan=selective, ssd_scan=ssd)
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How to train; the rate rises over the first 5 % and falls as a cosine to the end of steps or minutes."""
@@ -173,10 +167,7 @@ class Plan:
 
 
 def train(config: MambaConfig, tensors: dict[str, Tensor], text: Tensor, plan: Plan) -> Iterator[tuple[int, float]]:
-    """Train ``tensors`` in place; yield number and loss (bits a byte) of every 50th step and of the last.
-
-    On a GPU the step is recorded once as a CUDA graph and replayed.
-    """
+    """Train ``tensors`` in place; yield number and loss (bits a byte) of every 50th step and of the last."""
     with torch.device("meta"):
         model = MambaModel(config)
     text = text.to(plan.device)
@@ -201,8 +192,9 @@ def train(config: MambaConfig, tensors: dict[str, Tensor], text: Tensor, plan: P
     run = recorded(step) if on_gpu else step
     generator = torch.Generator().manual_seed(plan.seed)
     offsets = torch.arange(plan.window + 1, device=plan.device)
-    started = time.monotonic()
-    for number in range(1, plan.steps + 1):
+    number, done, started = 0, 0.0, time.monotonic()
+    while done < 1:
+        number += 1
         starts = torch.randint(len(text) - plan.window, (plan.batch, 1), generator=generator)
         windows.copy_(text[starts.to(plan.device) + offsets])
         done = max(number / plan.steps, (time.monotonic() - started) / 60 / plan.minutes)
@@ -210,8 +202,6 @@ def train(config: MambaConfig, tensors: dict[str, Tensor], text: Tensor, plan: P
         run()
         if number % 50 == 0 or done >= 1:
             yield number, loss.item()
-        if done >= 1:
-            return
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
@@ -229,11 +219,8 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def score(directory: Path, modules: Mapping[str, bytes]) -> dict[str, Any]:
-    """Find and print bits per byte, of each module and of all; every byte is predicted from all before it.
-
-    In float32 on the CPU, from the files.
-    """
+def score(directory: Path, modules: Mapping[str, bytes]) -> float:
+    """Bits a byte in float32, each predicted from all before it; printed, and noted in a training.json without any."""
     config, weights = load_checkpoint(directory)
     model = MambaModel.from_weights(config, weights, torch.float32)
     lengths = torch.tensor([len(content) for content in modules.values()])
@@ -253,12 +240,14 @@ def score(directory: Path, modules: Mapping[str, bytes]) -> dict[str, Any]:
         name: {"sha256": sha256(content), "bytes": len(content), "bits_per_byte": round(total / len(content), 6)}
         for (name, content), total in zip(modules.items(), bits.tolist(), strict=True)
     }
-    size = int(lengths.sum())
-    mean = round(float(bits.sum()) / size, 6)
+    size, mean = int(lengths.sum()), round(float(bits.sum() / lengths.sum()), 6)
     for name, row in rows.items():
         click.echo(f"{name}: {row['bits_per_byte']:.4f} bits per byte")
     click.echo(f"held out: {mean:.4f} bits per byte of {size:,} bytes")
-    return {"modules": rows, "bytes": size, "bits_per_byte": mean}
+    record = json.loads(path.read_text()) if (path := directory / "training.json").is_file() else {"held_out": None}
+    if "held_out" not in record:
+        write_json(path, {**record, "held_out": {"modules": rows, "bytes": size, "bits_per_byte": mean}})
+    return mean
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -291,8 +280,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """``save`` under another name, then rename: a file is there whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    save(partial)
-    os.replace(partial, path)
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @click.command()
@@ -306,11 +298,10 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows a step.")
 @click.option("--window", type=click.IntRange(1), default=512, show_default=True, help="Bytes; for cuda 32, 64, 96 ...")
 @click.option("--learning-rate", type=float, default=4e-3, show_default=True)
-@click.option("--d-model", type=click.IntRange(32), default=128, show_default=True, help="A multiple of 16.")
 @click.option("--n-layer", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
-    generation: str | None, out: Path | None, scored: Path | None, source: Path, d_model: int, n_layer: int, **rest: Any
+    generation: str | None, out: Path | None, scored: Path | None, source: Path, n_layer: int, **rest: Any
 ) -> None:
     """Train a tiny Mamba or Mamba-2 on Python's standard library, or score one on the modules held out."""
     training, held_out = read_modules(source)
@@ -324,8 +315,7 @@ def main(
     plan, text = Plan(**rest), joined_ids(training)
     if len(text) <= plan.window or (plan.device == "cuda" and plan.window % SCAN_CHUNK):
         raise click.UsageError(f"--window is {plan.window}: give a multiple of {SCAN_CHUNK} below {len(text)}")
-
-    raw = new_config(generation, d_model, n_layer)
+    raw = new_config(generation, n_layer)
     config = MambaConfig.from_foreign(raw)
     tensors = new_tensors(config, padded_rows(raw, config), plan.seed)
     tensors = {name: tensor.to(plan.device).requires_grad_() for name, tensor in tensors.items()}
@@ -333,7 +323,8 @@ def main(
     click.echo(f"{parameters:,} parameters, {len(text):,} bytes of {len(training)} modules", err=True)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     number, seconds, started = 0, 0.0, time.monotonic()
-    with fast_scans() if plan.device == "cuda" else contextlib.nullcontext():
+    scans: dict[str, Any] = {"selective_scan": parallel_selective_scan, "ssd_scan": parallel_ssd_scan}
+    with mock.patch.multiple(ops, **scans) if plan.device == "cuda" else contextlib.nullcontext():
         for number, bits in train(config, tensors, text, plan):
             seconds = time.monotonic() - started
             click.echo(f"step {number} of {plan.steps}: {bits:.3f} bits per byte, {seconds:.0f} s", err=True)
@@ -349,9 +340,9 @@ def main(
         "parameters": parameters,
         "training_bytes": len(text),
         "training_sha256": sha256(text.numpy().tobytes()),
-        "held_out": score(out, held_out),
     }
     write_json(out / "training.json", record)
+    score(out, held_out)
 
 
 if __name__ == "__main__":

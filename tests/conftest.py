@@ -65,9 +65,10 @@ class Exported:
     def tolerance(self) -> float:
         """How far float32 arithmetic may be off, relative to the largest value of a tensor.
 
-        5 sqrt(n) u for n roundings one after the other (Higham and Mary 2019), u = 2^-24. A layer: norm, projections and
-        skip, each a sum as long as its input; the taps of the convolution; N products with C; two a token for the 64
-        tokens a state remembers; and about 60 for softplus, silu and the gate. Then the last norm and the head.
+        5 sqrt(n) u for n roundings one after the other (Higham and Mary 2019), u = 2^-24. A layer: norms and
+        projections, each a sum as long as its input; the taps of the convolution; N products with C; two a token for
+        the 64 tokens a state remembers; and about 60 for softplus, silu, skip and gate. Then the last norm and the
+        head.
         """
         c = self.bundle.config
         layer = 2 * c.d_model + 2 * (c.d_inner + c.d_mlp) + c.dt_rank + c.d_conv + c.d_state + 2 * 64 + 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_bytes_of_a_step_grow_linearly_with_the_batch(name: str, state_dtype: An
     config = published(name)
     contract = Contract.of(config, dtype="bfloat16", state_dtype=state_dtype)
     by_batch = [Limits.of(config, contract, batch=b) for b in range(1, 6)]
-    growth = {later.bytes - before.bytes for before, later in zip(by_batch, by_batch[1:], strict=False)}
+    growth = {later.bytes - before.bytes for before, later in itertools.pairwise(by_batch)}
     one = by_batch[0]
     assert growth == {one.state_bytes + one.logits_bytes + 2 * config.d_model}
     assert one.bytes == one.weight_bytes + one.state_bytes + one.logits_bytes
