@@ -40,6 +40,8 @@ class Command(click.Group):
             hint = error.hint
         except OSError as error:
             failure, hint = error, ""
+        except UnicodeEncodeError as error:
+            failure, hint = error, "this terminal cannot show that text; set PYTHONIOENCODING=utf-8"
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             context.exit(130)
@@ -157,6 +159,8 @@ def verify(
     from mamba_deploy.runtime.verify import plot
     from mamba_deploy.runtime.verify import verify as run
 
+    if plot_file is not None:
+        require("matplotlib", extra="plot", why="draw the errors")  # said before the work, not after
     bundle = Bundle.open(out)
     answers = _answers(bundle, checkpoint)
     reports = []
@@ -169,9 +173,6 @@ def verify(
             reports.append(run(session, answers))
     if not reports:
         raise EngineError(f"nothing was verified: no graph of {out} runs here", hint="try --backend torch")
-    if plot_file is not None:
-        plot(reports, plot_file)
-        _say(f"wrote {plot_file}")
     passed = all(report.passed for report in reports)
     if as_json:
         _print_json({"passed": passed, "reports": [report.to_dict() for report in reports]})
@@ -179,6 +180,9 @@ def verify(
         for report in reports:
             click.echo(report.table())
         click.echo("all outputs agree with PyTorch" if passed else "outputs DIFFER from PyTorch")
+    if plot_file is not None:
+        plot(reports, plot_file)
+        _say(f"wrote {plot_file}")
     if not passed:
         first = next(c for r in reports for c in r.checks if not c.passed)
         _say(f"first difference: {first.where} (error {first.error:.1e}, allowed {first.tolerance:.1e})")
@@ -250,7 +254,7 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise click.UsageError("give either --prompt or --prompts")
-    texts = [sys.stdin.read() if prompt == "-" else str(prompt)] if prompts is None else prompts.read().splitlines()
+    texts = _texts(prompt, prompts)
     statistics = Statistics()
     with _open(out, backend, threads) as session:
         rows = texts if session.tokenizer is not None else [_ids(text) for text in texts]
@@ -261,6 +265,18 @@ def generate(
         write = _json_tokens if as_json else _text if len(rows) == 1 else _blocks
         write(tokens, texts, session.tokenizer is not None)
     _report(statistics, as_json)
+
+
+def _texts(prompt: str | None, prompts: Any) -> list[str]:
+    try:
+        if prompts is not None:
+            return [line.rstrip("\n") for line in prompts]
+        return [sys.stdin.read() if prompt == "-" else str(prompt)]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{'standard input' if prompts is None else prompts.name} cannot be read as text: {error}",
+            hint="prompts are UTF-8",
+        ) from error
 
 
 def _ids(text: str) -> list[int]:
@@ -311,7 +327,7 @@ def _report(statistics: Statistics, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @_json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH is: a checkpoint, a bundle, or an ONNX file; its sizes, dtypes, inputs and outputs."""

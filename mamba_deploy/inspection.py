@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mamba_deploy.bundle import MANIFEST, Bundle
+from mamba_deploy.bundle import LOWERED, MANIFEST, Bundle
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import InputError, require
@@ -21,11 +21,14 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         MambaDeployError: The path is none of these, or damaged.
     """
+    if not path.exists():
+        raise InputError(f"there is no {path}", hint="give a checkpoint's or a bundle's directory, or an .onnx file")
     if path.is_file():
         if path.suffix != ".onnx":
             raise InputError(f"{path} is neither a directory nor an .onnx file")
         return _onnx_facts(path)
-    return _bundle_facts(path) if (path / MANIFEST).is_file() else _checkpoint_facts(path)
+    is_bundle = any((path / name).is_file() for name in (MANIFEST, LOWERED))  # one without its manifest is damaged
+    return _bundle_facts(path) if is_bundle else _checkpoint_facts(path)
 
 
 def _model_facts(config: MambaConfig, contract: Contract) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
         **_model_facts(bundle.config, bundle.contract),
         "dtypes": bundle.manifest["dtypes"],
         "logits": bundle.manifest["logits"],
-        "tools": bundle.manifest["tools"],
+        "tools": bundle.manifest.get("tools", {}),
         "files": bundle.manifest["files"],
         "contract": bundle.manifest["contract"],
     }
@@ -80,11 +83,15 @@ def _onnx_facts(path: Path) -> dict[str, Any]:
         model = onnx_ir.load(path)
     except Exception as error:  # protobuf's errors have no public base
         raise InputError(f"{path} cannot be read as ONNX: {error}") from error
+    if not model.ir_version:  # a file without a byte is a sound protocol buffer
+        raise InputError(f"{path} cannot be read as ONNX: it holds no model")
     nodes = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph)
 
     def row(value: Any, direction: str) -> dict[str, Any]:
         axes = [d if isinstance(d, int) else str(d) for d in value.shape] if value.shape is not None else None
-        return {"name": value.name, "direction": direction, "dtype": str(value.dtype).lower(), "axes": axes}
+        dtype = str(value.dtype).lower()
+        dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)  # as a bundle's contract has it
+        return {"name": value.name, "direction": direction, "dtype": dtype, "axes": axes}
 
     return {
         "kind": "onnx",
@@ -105,7 +112,8 @@ def render(facts: dict[str, Any]) -> str:
     lines = [f"{facts['kind']} {facts['path']}"]
     if "config" in facts:
         config, step = facts["config"], facts["step"]
-        shown = {k: v for k, v in config.items() if v not in (None, 0, [], "inf")}
+        off = {"conv_bias", "tie_embeddings"}  # of these, False is worth a line
+        shown = {k: v for k, v in config.items() if v not in (None, 0, [], "inf") or k in off}
         lines += _section("architecture", shown)
         lines.append(f"parameters      {facts['parameters']:,}")
         lines.append(f"state per row   {facts['state_bytes_per_row']:,} bytes")

@@ -331,7 +331,7 @@ class Session:
         if not isinstance(prompt, str | Sequence):
             raise InputError(f"prompt is {prompt!r}: expected text, token ids, or a list of either")
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
-        rows = []
+        rows: list[Any] = []
         for row in [prompt] if single else prompt:
             if isinstance(row, str):
                 if self.tokenizer is None:

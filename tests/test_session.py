@@ -177,6 +177,18 @@ def test_logits_are_the_callers_own(session: Session) -> None:
         np.testing.assert_array_equal(result, copy)
 
 
+def test_logits_of_a_backend_are_the_callers_own(session: Session) -> None:
+    """As its interface promises to whoever calls it without a session."""
+    state = session.backend.new_state(1)
+    one = np.ones(1, np.int32)
+    results = [session.backend.run(np.array([[token]], np.int32), one, state) for token in range(4)]
+    copies = [result.copy() for result in results]
+    session.backend.run(np.array([[9]], np.int32), one, state)
+    session.backend.run(np.array([[8]], np.int32), one, state)
+    np.testing.assert_array_equal(results, copies)
+    assert len({result.tobytes() for result in results}) == 4
+
+
 def test_the_callers_ids_are_not_written_to(session: Session) -> None:
     ids = np.array([PROMPT, PROMPT], np.int32)
     session.prefill(ids)
@@ -290,15 +302,20 @@ def test_a_saved_state_goes_on_in_another_session(
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
-HALVES = [("mamba", "float16"), ("mamba2", "bfloat16")]
+HALVES: dict[str, dict[str, Any]] = {
+    "mamba-bf16": {"kind": "mamba", "dtype": "bfloat16"},
+    "mamba2-fp16": {"kind": "mamba2", "dtype": "float16"},
+    "mamba-fp16-with-its-state": {"kind": "mamba", "dtype": "float16", "state_dtype": "float16"},
+    "mamba2-bf16-with-its-state": {"kind": "mamba2", "dtype": "bfloat16", "state_dtype": "bfloat16"},
+}
+ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @pytest.mark.parametrize("how", ["lowered", "torch"])
-@pytest.mark.parametrize(("kind", "dtype"), HALVES)
-def test_half_precision_states_keep_their_bits(
-    bundle: Bundles, kind: str, dtype: str, how: str, tmp_path: Path
-) -> None:
-    exported = bundle(kind, dtype=dtype)
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_states_keep_their_bits(bundle: Bundles, name: str, how: str, tmp_path: Path) -> None:
+    exported = bundle(**HALVES[name])
+    states = exported.bundle.contract.states
     path = tmp_path / "state.safetensors"
     with opened(exported.path, how) as session:
         session.prefill(ROWS)
@@ -312,27 +329,23 @@ def test_half_precision_states_keep_their_bits(
         session.restore(loaded)
         np.testing.assert_array_equal(session.step(tokens), expected)
     tensors = safetensors.torch.load_file(path)  # by the library: true dtypes, true values
-    assert list(saved.arrays) == [spec.name for spec in session_states(exported)]
+    assert list(saved.arrays) == [spec.name for spec in states]
     assert set(tensors) == set(saved.arrays)
-    for spec in session_states(exported):
-        assert tensors[spec.name].dtype == getattr(torch, spec.dtype)
+    dtypes = {"conv_state": HALVES[name]["dtype"], "ssm_state": HALVES[name].get("state_dtype", "float32")}
+    for spec in states:
+        assert tensors[spec.name].dtype == getattr(torch, dtypes[spec.name.partition(".")[0]])
         values = to_float32(saved.arrays[spec.name], spec.dtype)
         np.testing.assert_array_equal(tensors[spec.name].float().numpy(), values)
         assert values.any()
-    assert {str(t.dtype) for t in tensors.values()} == {f"torch.{dtype}", "torch.float32"}
 
 
-def session_states(exported: Any) -> Any:
-    return exported.bundle.contract.states
-
-
-@pytest.mark.parametrize(("kind", "dtype"), HALVES)
-def test_half_precision_states_go_on_across_backends(bundle: Bundles, kind: str, dtype: str) -> None:
-    """The logits differ by roundings: 8 values a layer and 2 in the head, 18 in all, within u each, and four standard
-    deviations of them are 4 * sqrt(18 / 3) u = 10 u of a typical logit, which the largest is at least twice.
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_states_go_on_across_backends(bundle: Bundles, name: str) -> None:
+    """One step differs by its roundings: ten values a layer and two in the head, 22 in all, each evenly within u. Four
+    standard deviations of their sum are 4 sqrt(22 / 3) u.
     """
-    exported = bundle(kind, dtype=dtype)
-    roundoff = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    exported = bundle(**HALVES[name])
+    tolerance = 4 * np.sqrt(22 / 3) * ROUNDOFF[HALVES[name]["dtype"]]
     with opened(exported.path, "lowered") as ort, opened(exported.path, "torch") as reference:
         for first, second in ((ort, reference), (reference, ort)):
             first.reset()
@@ -340,7 +353,7 @@ def test_half_precision_states_go_on_across_backends(bundle: Bundles, kind: str,
             second.restore(first.snapshot())
             assert bits(second.snapshot()) == bits(first.snapshot())
             expected = first.step([9, 9, 9])
-            assert_logits(second.step([9, 9, 9]), list(expected), 10 * roundoff)
+            assert_logits(second.step([9, 9, 9]), list(expected), tolerance)
 
 
 def tiny_snapshot(**changes: Any) -> Snapshot:
@@ -432,16 +445,28 @@ def changed(snapshot: Snapshot, **changes: tuple[NDArray, str] | None) -> Snapsh
     return Snapshot(arrays, dtypes)
 
 
+def without(name: str) -> Callable[[Snapshot], Snapshot]:
+    return lambda snapshot: changed(snapshot, **{name: None})
+
+
+def replaced(name: str, array: Callable[[NDArray], NDArray], dtype: str = "float32") -> Callable[[Snapshot], Snapshot]:
+    return lambda snapshot: changed(snapshot, **{name: (array(snapshot.arrays[name]), dtype)})
+
+
+def each(array: Callable[[NDArray], Any]) -> Callable[[Snapshot], Snapshot]:
+    return lambda snapshot: changed(snapshot, **{n: (array(a), "float32") for n, a in snapshot.arrays.items()})
+
+
 WRONG_STATES: dict[str, tuple[Callable[[Snapshot], Snapshot], str]] = {
-    "missing tensor": (lambda s: changed(s, **{"ssm_state.1": None}), "ssm_state.1"),
-    "layer too many": (lambda s: changed(s, **{"conv_state.2": (s.arrays["conv_state.0"], "float32")}), "conv_state.2"),
-    "other shape": (lambda s: changed(s, **{"ssm_state.0": (np.zeros((3, 4, 8, 9), np.float32), "float32")}), "3, 4, 8, 9"),
-    "other axes": (lambda s: changed(s, **{"conv_state.0": (np.zeros(3, np.float32), "float32")}), "conv_state.0"),
-    "no axes": (lambda s: changed(s, **{n: (np.float32(0), "float32") for n in s.arrays}), "conv_state.0"),
-    "other dtype": (lambda s: changed(s, **{"conv_state.1": (s.arrays["conv_state.1"].astype(np.float16), "float16")}), "float16"),
-    "rows disagree": (lambda s: changed(s, **{"ssm_state.1": (s.arrays["ssm_state.1"][:2], "float32")}), "ssm_state.1"),
-    "no rows": (lambda s: changed(s, **{n: (a[:0], "float32") for n, a in s.arrays.items()}), "no rows"),
-}  # fmt: skip
+    "missing tensor": (without("ssm_state.1"), "ssm_state.1"),
+    "tensor too many": (lambda s: changed(s, other=(s.arrays["conv_state.0"], "float32")), "other"),
+    "other shape": (replaced("ssm_state.0", lambda a: a[..., :-1]), r"'ssm_state.0' is float32 \[3, 4, 8, 7\]"),
+    "other axes": (replaced("conv_state.0", lambda a: a[0, 0]), r"'conv_state.0' is float32 \[3\]"),
+    "other dtype": (replaced("conv_state.1", lambda a: a.astype(np.float16), "float16"), "'conv_state.1' is float16"),
+    "rows disagree": (replaced("ssm_state.1", lambda a: a[:2]), "ssm_state.1"),
+    "no axes": (each(lambda a: np.float32(0)), "no rows"),
+    "no rows": (each(lambda a: a[:0]), "no rows"),
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG_STATES)
@@ -616,9 +641,9 @@ BAD_ROWS: list[tuple[Any, str]] = [
     (3, "there is no row 3: the batch has 3 rows"),
     ([0.0], "rows are [0.0]: expected row numbers"),
     ([False, True, False], "rows are [False, True, False]: expected row numbers"),
-    (np.array([False, True, False]), "rows are [False, True, False]: expected row numbers"),
+    (np.array([False, True, False]), "rows are [np.False_, np.True_, np.False_]: expected row numbers"),
     ("12", "rows are ['1', '2']: expected row numbers"),
-    (1.5, "rows are 1.5: expected row numbers"),
+    (1.5, "rows are [1.5]: expected row numbers"),
 ]
 
 
@@ -727,12 +752,16 @@ def test_a_missing_package_is_named_with_its_pip_command(
 # --- generating ---------------------------------------------------------------------------------------------------
 
 
+NO_TOKEN = 10**6  # given as the end of a sequence: transformers takes an empty list for "as the checkpoint says"
+
+
 def greedy_by_transformers(theirs: Any, prompt: Sequence[int], count: int, eos_ids: Sequence[int]) -> list[int]:
     settings = transformers.GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=list(eos_ids) or None, pad_token_id=0
+        max_new_tokens=count, do_sample=False, eos_token_id=list(eos_ids) or [NO_TOKEN], pad_token_id=0
     )
-    with torch.inference_mode():
-        output = theirs.generate(torch.tensor([prompt]), generation_config=settings)
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():  # with a mask, because transformers would mask the prompt's token 0 as padding
+        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return output[0, len(prompt) :].tolist()
 
 
@@ -888,7 +917,7 @@ def play(data: st.DataObject, twin: Twin) -> None:
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
 def test_any_sequence_of_calls(bundle: Bundles, kind: str, how: str, data: st.DataObject) -> None:
@@ -906,6 +935,7 @@ def test_any_sequence_of_calls(bundle: Bundles, kind: str, how: str, data: st.Da
 
 WITHOUT_TORCH = """
 import json, sys
+from pathlib import Path
 blocked = ["torch", "onnx", "onnx_ir", "onnxscript", "transformers", "tokenizers", "huggingface_hub", "matplotlib"]
 for name in blocked:
     sys.modules[name] = None  # importing it fails from now on
@@ -922,14 +952,14 @@ with Session.open(path, threads=1) as session:
     answer["logits"] = session.step([1, 2]).tolist()
     session.restore(Snapshot.load(state_file))
     answer["again"] = session.step([1, 2]).tolist()
-    report = verify(session, Answers.load(session_reference := __import__("pathlib").Path(path) / "reference.safetensors"))
-    answer["passed"] = report.passed
+    answer["passed"] = verify(session, Answers.load(Path(path) / "reference.safetensors")).passed
     answer["tokens"] = [token.id for token in session.generate([5, 6, 7], max_tokens=6)]
 try:
     Session.open(path, "torch")
 except MissingDependencyError as error:
     answer["error"], answer["hint"] = str(error), error.hint
-answer["loaded"] = [n for n in sys.modules if n.startswith(("mamba_deploy.exporters", "mamba_deploy.model", "mamba_deploy.ops"))]
+exporting = ("mamba_deploy.exporters.", "mamba_deploy.model", "mamba_deploy.ops", "mamba_deploy.checkpoint")
+answer["loaded"] = [name for name in sys.modules if name.startswith(exporting)]
 print(json.dumps(answer))
 """
 
@@ -951,7 +981,7 @@ def test_the_runtime_needs_neither_pytorch_nor_onnx(bundle: Bundles, kind: str, 
     )
     assert "PyTorch" in answer["error"]
     assert answer["hint"] == "pip install 'mamba-deploy[export]'"
-    assert [name for name in answer["loaded"] if name != "mamba_deploy.exporters"] == []
+    assert answer["loaded"] == []
     assert Snapshot.load(state_file).batch == 2
 
 
