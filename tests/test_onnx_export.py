@@ -282,13 +282,17 @@ def test_other_opset_is_refused(tmp_path, opset):
 
 # The weights file -----------------------------------------------------------------------------------------------------
 
-WEIGHT_KINDS = [*GENERATIONS, *VARIANTS]
+STORED: dict[str, dict[str, Any]] = {
+    **{kind: {"kind": kind} for kind in [*GENERATIONS, *VARIANTS]},
+    **{f"{kind}-all-logits": {"kind": kind, "all_logits": True} for kind in GENERATIONS},
+    **HALVES,
+}
 
 
-@pytest.mark.parametrize("name", [*WEIGHT_KINDS, *HALVES])
+@pytest.mark.parametrize("name", STORED)
 def test_every_weight_is_stored_once_as_it_was(bundle, name):
     """Byte by byte against the checkpoint; nothing else is in the weights file, and nothing twice."""
-    made = bundle(**HALVES[name]) if name in HALVES else bundle(name)
+    made = bundle(**STORED[name])
     dtype = getattr(torch, made.bundle.contract.dtype)
     config, weights = load_checkpoint(made.checkpoint)
     wanted = {n: cast_weight(n, w, dtype) for n, w in weights.items()}
@@ -335,11 +339,19 @@ def test_weights_file_has_no_gaps(bundle):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tables"), [("mamba", 1), ("mamba2", 1), ("mamba2-untied", 2), ("mamba-untied-no-conv-bias", 2)]
+    ("name", "tables"),
+    [
+        ("mamba", 1),
+        ("mamba2", 1),
+        ("mamba-all-logits", 1),
+        ("mamba2-all-logits", 1),
+        ("mamba2-untied", 2),
+        ("mamba-untied-no-conv-bias", 2),
+    ],
 )
-def test_tied_embedding_is_stored_once(bundle, kind, tables):
+def test_tied_embedding_is_stored_once(bundle, name, tables):
     """Of the true vocabulary, 61; the checkpoint of ``mamba`` is padded to 64."""
-    model = read(bundle(kind).path)
+    model = read(bundle(**STORED[name]).path)
     found = {t.name: list(t.dims) for t in model.graph.initializer if sorted(t.dims) == [16, 61]}
     assert found == {"embedding.weight": [61, 16]} | ({"lm_head.weight": [61, 16]} if tables == 2 else {})
 
