@@ -230,7 +230,7 @@ def selective_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, s
     """MambaSelectiveScan as a Scan over time with the state transposed to [B, N, D].
 
     So every product of the loop runs along D: on a CPU 2.2 times faster than [B, D, N], a little faster than blocks
-    of unrolled tokens, and ten times faster than LinearAttention with a materialised decay.
+    of unrolled tokens.
     """
     D, N = config.d_inner, config.d_state
     text = _VALID + step_size(True, config)

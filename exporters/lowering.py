@@ -2,10 +2,11 @@
 
 Measured on two AVX-512 cores, ONNX Runtime 1.31, one layer of the 130M models:
 
-- MambaSsdScan: the contrib op ``LinearAttention``, 512 tokens in 4.2 ms (a Scan over tokens: 60 ms and more). It wants
-  the state transposed; for one token the roles of its key and value are swapped instead, which updates the state as it
+- MambaSsdScan: the contrib op ``LinearAttention``, 512 tokens in 4.2 ms. It wants the state
+  transposed; for one token the roles of its key and value are swapped instead, which updates the state as it
   lies: 37 us a token rather than 104.
-- MambaSelectiveScan: the portable body, 8 ms for 512 tokens; ``LinearAttention`` needs the decay materialised: 90 ms.
+- MambaSelectiveScan: the portable body, 8 ms for 512 tokens. ``LinearAttention`` would need the decay of every
+  channel and state materialised, 48 MiB a layer.
 - MambaCausalConv1d: the portable body, 1.1 ms for 512 tokens; ``CausalConvWithState``: 2.7 ms.
 
 ONNX Runtime has no bfloat16 products on a CPU and casts float16 weights again in every run, so a half-precision graph
