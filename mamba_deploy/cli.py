@@ -338,3 +338,96 @@ def inspect(path: Path, as_json: bool) -> None:
         _print_json(facts)
     else:
         click.echo(render(facts))
+
+
+# --- plugin -------------------------------------------------------------------------------------------------------
+
+
+@main.group()
+def plugin() -> None:
+    """Compile the CUDA kernels and TensorRT plugins, and say where they are."""
+
+
+@plugin.command("build")
+@click.option(
+    "--arch", "architectures", multiple=True, metavar="sm_NN", help="For this GPU; may be given several times."
+)
+@click.option("--tensorrt-include", type=click.Path(path_type=Path), help="Folder of TensorRT's headers.")
+@click.option("--cuda", type=click.Path(path_type=Path), help="Folder of the CUDA toolkit.")
+@click.option("--kernels-only", is_flag=True, help="Without the plugins: needs no TensorRT.")
+@click.option("--force", is_flag=True, help="Compile even what is built already.")
+@_json_option
+def build_plugin(
+    architectures: tuple[str, ...],
+    tensorrt_include: Path | None,
+    cuda: Path | None,
+    kernels_only: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compile into the cache, for the GPUs of this machine, or for all usual ones where there is none."""
+    from mamba_deploy.plugins.build import build
+
+    name = "kernels" if kernels_only else "plugin"
+    built = build(name, architectures=architectures, cuda=cuda, include=tensorrt_include, force=force, say=_say)
+    if as_json:
+        _print_json({**built.to_dict(), "path": str(built.path)})
+    else:
+        click.echo(built.path)
+
+
+@plugin.command("path")
+@click.option(
+    "--library",
+    type=click.Choice(["plugin", "register", "kernels"]),
+    default="plugin",
+    show_default=True,
+    help="register: for programs that only dlopen (trtexec --staticPlugins, LD_PRELOAD, ONNX Runtime).",
+)
+@_json_option
+def plugin_path(library: str, as_json: bool) -> None:
+    """Print the path of the library that was built for this machine from these sources."""
+    from mamba_deploy.errors import PluginError
+    from mamba_deploy.plugins.build import cache_folder, library_path
+
+    path = library_path(library)
+    if path is None:
+        only = " --kernels-only" if library == "kernels" else ""
+        raise PluginError(
+            f"no {library} library that fits this machine and these sources is in the cache, {cache_folder()}",
+            hint=f"mamba-deploy plugin build{only}",
+        )
+    if as_json:
+        _print_json({"library": library, "path": str(path)})
+    else:
+        click.echo(path)
+
+
+@plugin.command("info")
+@_json_option
+def plugin_info(as_json: bool) -> None:
+    """Say what there is to build with, for which GPUs, and what is built."""
+    from mamba_deploy.plugins.build import describe
+
+    facts = describe()
+    if as_json:
+        _print_json(facts)
+        return
+    compiler, headers = facts["compiler"], facts["headers"]
+    found = {
+        "compiler": f"nvcc {compiler.get('version')}, {compiler.get('path')}",
+        "headers": f"{headers.get('product')} {headers.get('version')}, {headers.get('folder')}",
+    }
+    for name in ("compiler", "headers"):
+        click.echo(f"{name + ':':14}{facts[name].get('missing') or found[name]}")
+        if facts[name].get("hint"):
+            click.echo(f"{'':14}hint: {facts[name]['hint']}")
+    if "architectures" in compiler:
+        click.echo(f"{'it knows:':14}{' '.join(f'sm_{a}' for a in compiler['architectures'])}")
+    click.echo(f"{'GPUs here:':14}{' '.join(facts['gpus']) or 'none'}")
+    click.echo(f"{'cache:':14}{facts['cache']}")
+    for entry in facts["built"]:
+        state = "current" if entry["current"] else "not current"
+        shown = " ".join(f"sm_{a}" for a in entry["architectures"])
+        made_with = ", ".join(part for part in (f"CUDA {entry['cuda']}", entry["tensorrt"]) if part)
+        click.echo(f"{entry['name'] + ':':14}{state}, {shown}, {made_with}, {entry['date']}\n{'':14}{entry['path']}")

@@ -1,1 +1,1 @@
-"""CUDA kernels of the custom ops, and what compiles and loads them as TensorRT plugins."""
+"""CUDA kernels of the custom ops; what compiles them, calls them from Python, and makes them TensorRT plugins."""

@@ -9,20 +9,17 @@ the read bandwidth measured here; that of a prompt its operations over the rate 
 
 from __future__ import annotations
 
-import datetime
-import json
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
+import measured
 import numpy as np
 import onnx
 import onnxruntime
@@ -200,21 +197,9 @@ def _row(name: str, seconds: dict[str, float], limit: float, note: str) -> dict[
 
 
 def _write(path: Path, rows: list[dict[str, Any]], threads: int, bandwidth: float, flops: float) -> None:
-    versions = {name: metadata.version(name) for name in ("mamba-deploy", "onnxruntime", "torch", "transformers")}
     machine = f"{_cpu_name()}, {threads} threads; read {bandwidth / 1e9:.1f} GB/s, product {flops / 1e9:.0f} GFLOP/s"
-    content = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": machine,
-        "gpu": None,
-        "driver": None,
-        "versions": {"python": platform.python_version(), **versions},
-        "commit": _commit(),
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    packages = ("mamba-deploy", "onnxruntime", "torch", "transformers")
+    measured.write(path, rows, machine=machine, packages=packages)
 
 
 def _cpu_name() -> str:
@@ -223,14 +208,6 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parent
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

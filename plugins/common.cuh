@@ -1,0 +1,146 @@
+// Shared by the kernels: dtypes, conversions, and the arithmetic that must be the same everywhere. CUDA 11.4, C++17.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <string.h>
+
+#include "mamba_kernels.h"
+
+namespace mamba {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float<float>(float v) { return v; }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// 2^v in one instruction, to 2 units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float v) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// log(1 + e^v) to full relative precision, also where it is tiny: log1p(e) is e times a polynomial fitted on [0, 1]
+// to 3e-8, which takes half the instructions of log1pf.
+__device__ __forceinline__ float softplus(float v) {
+    const float e = exp2_approx(-kLog2E * fabsf(v));
+    float p = 5.2326927e-3f;
+    p = fmaf(p, e, -2.95052323e-2f);
+    p = fmaf(p, e, 7.82259405e-2f);
+    p = fmaf(p, e, -1.36632442e-1f);
+    p = fmaf(p, e, 1.91060066e-1f);
+    p = fmaf(p, e, -2.48429820e-1f);
+    p = fmaf(p, e, 3.33190978e-1f);
+    p = fmaf(p, e, -4.99994934e-1f);
+    p = fmaf(p, e, 9.99999940e-1f);
+    return fmaf(p, e, fmaxf(v, 0.0f));
+}
+
+// 1 / v in one instruction, to 1 unit in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float reciprocal(float v) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+    return out;
+}
+
+__device__ __forceinline__ float silu(float v) { return v * reciprocal(1.0f + exp2_approx(-kLog2E * v)); }
+
+// kCount neighbouring values that move in one access; the address must be a multiple of their bytes.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+    T v[kCount];
+};
+
+template <int kBytes> struct Word;
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+
+// Of memory that no kernel in flight writes.
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_constant(const T* from) {
+    using Bits = typename Word<sizeof(T) * kCount>::type;
+    const Bits bits = __ldg(reinterpret_cast<const Bits*>(from));
+    Pack<T, kCount> pack;
+    memcpy(&pack, &bits, sizeof(bits));
+    return pack;
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load(const T* from) {
+    using Bits = typename Word<sizeof(T) * kCount>::type;
+    const Bits bits = *reinterpret_cast<const Bits*>(from);
+    Pack<T, kCount> pack;
+    memcpy(&pack, &bits, sizeof(bits));
+    return pack;
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store(T* to, const Pack<T, kCount>& pack) {
+    using Bits = typename Word<sizeof(T) * kCount>::type;
+    Bits bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    *reinterpret_cast<Bits*>(to) = bits;
+}
+
+// COUNT neighbouring values in loads of at most 16 bytes; p is aligned to them.
+template <typename T, int COUNT>
+struct Neighbours {
+    static constexpr int kWord = sizeof(T) * COUNT < 16 ? sizeof(T) * COUNT : 16;
+    static constexpr int kWords = sizeof(T) * COUNT / kWord;
+    typename Word<kWord>::type words[kWords];
+
+    __device__ __forceinline__ void load(const T* p) {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) words[i] = __ldg(reinterpret_cast<const typename Word<kWord>::type*>(p) + i);
+    }
+    // Read once, not again before it is written.
+    __device__ __forceinline__ void load_streaming(const T* p) {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) words[i] = __ldcs(reinterpret_cast<const typename Word<kWord>::type*>(p) + i);
+    }
+    __device__ __forceinline__ void store_streaming(T* p) const {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) __stcs(reinterpret_cast<typename Word<kWord>::type*>(p) + i, words[i]);
+    }
+    __device__ __forceinline__ void get(float (&out)[COUNT]) const {
+        T values[COUNT];
+        memcpy(values, words, sizeof(values));
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) out[i] = to_float(values[i]);
+    }
+    __device__ __forceinline__ void set(const float (&in)[COUNT]) {
+        T values[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) values[i] = from_float<T>(in[i]);
+        memcpy(words, values, sizeof(values));
+    }
+};
+
+inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Calls run(T{}) with the C++ type of a dtype; false where there is none.
+template <typename Run>
+bool with_dtype(int32_t dtype, Run&& run) {
+    switch (dtype) {
+        case MAMBA_FLOAT32: run(float{}); return true;
+        case MAMBA_FLOAT16: run(__half{}); return true;
+        case MAMBA_BFLOAT16: run(__nv_bfloat16{}); return true;
+        default: return false;
+    }
+}
+
+}  // namespace mamba

@@ -1,0 +1,503 @@
+"""The CUDA kernels from Python: ctypes over the C interface of ``mamba_kernels.h``, arguments in the order of the ops.
+
+Arrays are anything on the device with ``__cuda_array_interface__`` (pycuda, cupy) or torch CUDA tensors. Calls only
+enqueue work: keep every array until the stream has come past it. Nothing is allocated, so the caller brings the
+outputs and, where :meth:`Kernels.workspace_bytes` asks for it, scratch memory.
+
+    kernels = load()
+    kernels.last_token(x, seq_lens, y=y, stream=stream.handle)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from ctypes import c_float, c_int32, c_void_p
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mamba_deploy.errors import PluginError
+from mamba_deploy.plugins.arrays import Array, as_array, check_devices, check_overlap, check_pointer, stream_handle
+from mamba_deploy.plugins.rules import OPS, Op, Tensor
+
+__all__ = [
+    "Kernels",
+    "MambaCausalConv1d",
+    "MambaLastToken",
+    "MambaSelectiveScan",
+    "MambaSsdScan",
+    "RuntimeKernels",
+    "load",
+]
+
+WORKSPACE_ALIGNMENT = 256
+MAX_LENGTH = 2**20
+_INT32_MAX = 2**31 - 1
+_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_FLOATS = "float32, float16 or bfloat16"
+_ACTIVATIONS = {"none": 0, "silu": 1}
+
+# What a launch can answer: static libcudart, which the library holds, keeps its cudaGetErrorName to itself.
+CUDA_ERRORS = {
+    1: "cudaErrorInvalidValue",
+    2: "cudaErrorMemoryAllocation",
+    3: "cudaErrorInitializationError",
+    9: "cudaErrorInvalidConfiguration",
+    35: "cudaErrorInsufficientDriver",
+    98: "cudaErrorInvalidDeviceFunction",
+    100: "cudaErrorNoDevice",
+    101: "cudaErrorInvalidDevice",
+    200: "cudaErrorInvalidKernelImage",
+    201: "cudaErrorDeviceUninitialized",
+    209: "cudaErrorNoKernelImageForDevice",
+    222: "cudaErrorUnsupportedPtxVersion",
+    400: "cudaErrorInvalidResourceHandle",
+    700: "cudaErrorIllegalAddress",
+    701: "cudaErrorLaunchOutOfResources",
+    702: "cudaErrorLaunchTimeout",
+    715: "cudaErrorIllegalInstruction",
+    716: "cudaErrorMisalignedAddress",
+    717: "cudaErrorInvalidAddressSpace",
+    719: "cudaErrorLaunchFailure",
+    801: "cudaErrorNotSupported",
+    802: "cudaErrorSystemNotReady",
+    803: "cudaErrorSystemDriverMismatch",
+    900: "cudaErrorStreamCaptureUnsupported",
+    901: "cudaErrorStreamCaptureInvalidated",
+    999: "cudaErrorUnknown",
+}
+_REBUILD = "build it for this GPU: mamba-deploy plugin build --force"
+_ERROR_HINTS = {
+    98: _REBUILD,
+    100: "the kernels need an NVIDIA GPU and its driver",
+    200: _REBUILD,
+    209: _REBUILD,
+    222: "the driver is older than the CUDA toolkit that compiled the library: " + _REBUILD,
+    35: "the driver is older than the CUDA toolkit that compiled the library",
+    400: "the stream and the arrays must belong to the current device and its primary context",
+    700: "an earlier kernel may have caused this: compute-sanitizer finds it; the process must be started again",
+}
+
+
+# --- the structs of mamba_kernels.h ------------------------------------------------------------------------------
+
+
+def _fields(integers: str, pointers: str, floats: str = "") -> list[tuple[str, type[Any]]]:
+    return [
+        *((name, c_int32) for name in integers.split()),
+        *((name, c_float) for name in floats.split()),
+        *((name, c_void_p) for name in pointers.split()),
+    ]
+
+
+def _pointers(struct: type[ctypes.Structure]) -> list[str]:
+    """Its arrays, which stand in the order of the op's arguments, outputs last."""
+    return [field[0] for field in struct._fields_ if field[1] is c_void_p]
+
+
+class MambaCausalConv1d(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch length channels width dtype activation", "x weight bias conv_state seq_lens y conv_state_out"
+    )
+
+
+class MambaSelectiveScan(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch length channels state_size dtype state_dtype dt_softplus",
+        "x dt A B C D z dt_bias ssm_state seq_lens y ssm_state_out",
+    )
+
+
+class MambaSsdScan(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch length heads head_dim state_size groups dtype state_dtype dt_softplus skip_per_channel",
+        "x dt A B C D dt_bias ssm_state seq_lens y ssm_state_out",
+        floats="dt_min dt_max",
+    )
+
+
+class MambaLastToken(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields("batch length width dtype", "x seq_lens y")
+
+
+# --- what each op takes ------------------------------------------------------------------------------------------
+
+
+class _Argument(NamedTuple):
+    """An array of an op, as ``rules`` has it."""
+
+    name: str  # what the caller calls it
+    field: str  # in the struct
+    tensor: Tensor
+    output: bool = False
+    may_be: str = ""  # of state_out: the state, whose very array it may be
+
+
+class _Op(NamedTuple):
+    struct: type[ctypes.Structure]
+    sizes: Mapping[str, str]  # symbol: field
+    arguments: tuple[_Argument, ...]  # in an order in which H*P comes after H and P
+
+
+def _op(struct: type[ctypes.Structure], rule: Op) -> _Op:
+    arguments = [_Argument(tensor.name, tensor.name, tensor) for tensor in rule.inputs]
+    for tensor in rule.outputs:
+        state = tensor.name.removesuffix("_out") if tensor.name != "y" else ""
+        arguments.append(_Argument("state_out" if state else "y", tensor.name, tensor, output=True, may_be=state))
+    products = any("*" in axis for tensor in rule.inputs for axis in tensor.axes)
+    arguments.sort(key=lambda argument: not (products and argument.tensor.dtype == "S"))  # the state has every factor
+    return _Op(struct, rule.sizes, tuple(arguments))
+
+
+_STRUCTS = (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken)
+_OPS = {OPS[struct.__name__].kernel: _op(struct, OPS[struct.__name__]) for struct in _STRUCTS}
+_LIMITS = {"K": (2, 8), "N": (1, 256), "L": (1, MAX_LENGTH)}
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+_BFLOAT16_HINT = "where 16-bit integers hold bfloat16, say so: dtype='bfloat16', or of ssm_state state_dtype='bfloat16'"
+
+
+def _float_dtype(array: Array, name: str, said: str | None) -> str:
+    if said is not None:
+        return _check_name(name, said)
+    if array.dtype not in _CODES:
+        hint = _BFLOAT16_HINT if array.dtype == "uint16" else ""
+        raise PluginError(f"{array.name} is {array.dtype}: expected {_FLOATS}", hint=hint)
+    return array.dtype
+
+
+def _check_name(name: str, dtype: str) -> str:
+    if dtype not in _CODES:
+        raise PluginError(f"{name} is {dtype!r}: expected {_FLOATS}")
+    return dtype
+
+
+def _check_dtype(array: Array, expected: str, said: bool) -> None:
+    if array.dtype == expected or (array.dtype == "uint16" and expected == "bfloat16" and said):
+        return
+    hint = _BFLOAT16_HINT if array.dtype == "uint16" and expected == "bfloat16" else ""
+    raise PluginError(f"{array.name} is {array.dtype}: expected {expected}", hint=hint)
+
+
+def _size(axis: str, sizes: Mapping[str, int]) -> int | None:
+    """What ``H*P`` or ``K-1`` is, as far as it is known."""
+    if axis.endswith("-1"):
+        known = sizes.get(axis[:-2])
+        return None if known is None else known - 1
+    found = [sizes.get(symbol) for symbol in axis.split("*")]
+    return math.prod(size for size in found if size is not None) if None not in found else None
+
+
+def _check_shape(array: Array, tensor: Tensor, sizes: dict[str, int]) -> None:
+    """Compare with what the arrays before it fixed; a symbol that is new gets its size here."""
+    for axes in (tensor.axes, tensor.other_axes):
+        if len(axes) != len(array.shape):
+            continue
+        wanted = [_size(axis, sizes) for axis in axes]
+        if all(w in (None, size) for w, size in zip(wanted, array.shape, strict=True)):
+            sizes.update((axis, size) for axis, size in zip(axes, array.shape, strict=True) if axis.isalpha())
+            return
+    shown = " or ".join(_show(axes, sizes) for axes in (tensor.axes, tensor.other_axes) if axes)
+    raise PluginError(f"{array.name} has shape {list(array.shape)}: expected {shown}")
+
+
+def _show(axes: tuple[str, ...], sizes: Mapping[str, int]) -> str:
+    """``[B = 2, L, H*P = 12]``: what is known of a shape."""
+    known = [(axis, _size(axis, sizes)) for axis in axes]
+    return f"[{', '.join(axis if size is None else f'{axis} = {size}' for axis, size in known)}]"
+
+
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for symbol, size in sizes.items():
+        low, high = _LIMITS.get(symbol, (1, _INT32_MAX))
+        if not low <= size <= high:
+            raise PluginError(f"{symbol} is {size}: expected {low} to {high}")
+    heads, groups = sizes.get("H", 1), sizes.get("G", 1)
+    if heads % groups:
+        raise PluginError(f"n_groups is {groups}: expected a divisor of the number of heads, {heads}")
+
+
+def _as_workspace(given: Any, needed: int) -> Array:
+    """Of a device array of any dtype, or of (pointer, bytes)."""
+    if given is None:
+        raise PluginError(
+            f"workspace is None: expected {needed} bytes", hint="Kernels.workspace_bytes tells beforehand"
+        )
+    if isinstance(given, tuple):
+        pointer, size = given
+        array = Array("workspace", int(pointer), "uint8", 1, (int(size),))
+    else:
+        array = as_array("workspace", given)
+    if array.bytes < needed:
+        raise PluginError(f"workspace has {array.bytes} bytes: expected {needed}")
+    check_pointer(array, WORKSPACE_ALIGNMENT)
+    return array
+
+
+# --- the library -------------------------------------------------------------------------------------------------
+
+
+class Kernels:
+    """A loaded library of the kernels. Arguments are those of the ops in ``mamba_deploy.ops``, which define them.
+
+    Of every call: the outputs ``y`` and ``state_out`` are arrays of the caller, ``state_out`` the state itself or
+    memory apart from it; ``workspace`` is a device array or (pointer, bytes), needed where :meth:`workspace_bytes` is
+    not 0; ``stream`` is a number or a stream of pycuda, torch or cupy. ``dtype`` is that of x and need not be said, but
+    where 16-bit integers hold bfloat16. The values in ``seq_lens`` are not checked: they are on the device.
+
+    Every method raises :class:`PluginError`, naming the argument, when a shape, dtype, layout, address or device is not
+    what the kernel takes, or when CUDA refuses the launch.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise PluginError(
+                f"the kernels library {path} cannot be loaded: {error}", hint="mamba-deploy plugin build --kernels-only"
+            ) from error
+        for name, op in _OPS.items():
+            for symbol, arguments, result in (
+                (f"mamba_{name}", [ctypes.POINTER(op.struct), c_void_p, c_void_p], ctypes.c_int),
+                (f"mamba_{name}_workspace", [ctypes.POINTER(op.struct)], ctypes.c_size_t),
+            ):
+                function = getattr(self._library, symbol, None)
+                if function is None:
+                    raise PluginError(f"{path} is not a library of the kernels: it has no function {symbol}")
+                function.argtypes, function.restype = arguments, result
+
+    def causal_conv1d(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        conv_state: Any,
+        seq_lens: Any,
+        activation: str = "silu",
+        *,
+        y: Any,
+        state_out: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+    ) -> None:
+        """``ops.causal_conv1d``: x [B, L, C], weight [C, K], bias [C] or None, conv_state [B, C, K-1], seq_lens [B]."""
+        if activation not in _ACTIVATIONS:
+            raise PluginError(f"activation is {activation!r}: expected 'silu' or 'none'")
+        arrays = (x, weight, bias, conv_state, seq_lens, y, state_out)
+        constants = {"activation": _ACTIVATIONS[activation]}
+        self._run("causal_conv1d", arrays, constants, workspace, stream, dtype)
+
+    def selective_scan(
+        self,
+        x: Any,
+        dt: Any,
+        A: Any,
+        B: Any,
+        C: Any,
+        D: Any,
+        z: Any,
+        dt_bias: Any,
+        ssm_state: Any,
+        seq_lens: Any,
+        dt_softplus: bool = True,
+        *,
+        y: Any,
+        state_out: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+    ) -> None:
+        """``ops.selective_scan``: x, dt and z [B, L, D], A [D, N], B and C [B, L, N], D and dt_bias [D],
+        ssm_state [B, D, N], seq_lens [B]; D, z and dt_bias may be None.
+        """
+        arrays = (x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, y, state_out)
+        constants = {"dt_softplus": int(dt_softplus)}
+        self._run("selective_scan", arrays, constants, workspace, stream, dtype, state_dtype)
+
+    def ssd_scan(
+        self,
+        x: Any,
+        dt: Any,
+        A: Any,
+        B: Any,
+        C: Any,
+        D: Any,
+        dt_bias: Any,
+        ssm_state: Any,
+        seq_lens: Any,
+        dt_softplus: bool = True,
+        dt_min: float = 0.0,
+        dt_max: float = math.inf,
+        n_groups: int = 1,
+        chunk_size: int = 256,
+        *,
+        y: Any,
+        state_out: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+    ) -> None:
+        """``ops.ssd_scan``: x [B, L, H*P], dt [B, L, H], A and dt_bias [H], B and C [B, L, G*N], D [H] or [H, P],
+        ssm_state [B, H, P, N], seq_lens [B]; D and dt_bias may be None. The kernels choose their own chunk size.
+        """
+        if not dt_min <= dt_max:
+            raise PluginError(f"dt_min is {dt_min} and dt_max is {dt_max}: expected dt_min <= dt_max")
+        for name, value in (("n_groups", n_groups), ("chunk_size", chunk_size)):
+            if value < 1:
+                raise PluginError(f"{name} is {value}: expected at least 1")
+        arrays = (x, dt, A, B, C, D, dt_bias, ssm_state, seq_lens, y, state_out)
+        constants = {
+            "groups": n_groups,
+            "dt_softplus": int(dt_softplus),
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+            "skip_per_channel": int(D is not None and len(as_array("D", D).shape) == 2),
+        }
+        self._run("ssd_scan", arrays, constants, workspace, stream, dtype, state_dtype)
+
+    def last_token(
+        self, x: Any, seq_lens: Any, *, y: Any, workspace: Any = None, stream: Any = 0, dtype: str | None = None
+    ) -> None:
+        """``ops.last_token``: x [B, L, d], seq_lens [B], y [B, d]."""
+        self._run("last_token", (x, seq_lens, y), {}, workspace, stream, dtype)
+
+    def workspace_bytes(self, op: str, *, dtype: str = "float32", state_dtype: str = "float32", **sizes: int) -> int:
+        """Bytes of scratch memory that a call of these sizes needs.
+
+        Args:
+            op: ``causal_conv1d``, ``selective_scan``, ``ssd_scan`` or ``last_token``.
+            dtype: Of x.
+            state_dtype: Of ssm_state.
+            **sizes: Every size in the op's struct by its name there: batch, length, channels and so on.
+        """
+        if op not in _OPS:
+            raise PluginError(f"op is {op!r}: expected one of {', '.join(_OPS)}")
+        names = list(_OPS[op].sizes.values())
+        if sizes.keys() != set(names):
+            raise PluginError(f"{op} was given the sizes {', '.join(sizes)}: expected {', '.join(names)}")
+        _check_sizes({symbol: sizes[name] for symbol, name in _OPS[op].sizes.items()})
+        call = _OPS[op].struct(**sizes)
+        _set_dtypes(call, _check_name("dtype", dtype), _check_name("state_dtype", state_dtype))
+        return self._workspace_bytes(op, call)
+
+    def _workspace_bytes(self, op: str, call: ctypes.Structure) -> int:
+        return int(getattr(self._library, f"mamba_{op}_workspace")(ctypes.byref(call)))
+
+    def _run(
+        self,
+        name: str,
+        given: tuple[Any, ...],
+        constants: Mapping[str, Any],
+        workspace: Any,
+        stream: Any,
+        dtype: str | None,
+        state_dtype: str | None = None,
+    ) -> None:
+        op = _OPS[name]
+        values = dict(zip(_pointers(op.struct), given, strict=True))
+        arrays = {}
+        for argument in op.arguments:
+            if values[argument.field] is not None:
+                arrays[argument.name] = as_array(argument.name, values[argument.field])
+            elif not argument.tensor.optional:
+                raise PluginError(f"{argument.name} is None: expected an array")
+        types = {"T": _float_dtype(arrays["x"], "dtype", dtype)}
+        if "ssm_state" in arrays:
+            types["S"] = _float_dtype(arrays["ssm_state"], "state_dtype", state_dtype)
+        said = {"T": dtype is not None, "S": state_dtype is not None}
+        sizes = {"G": constants["groups"]} if "groups" in constants else {}
+        for argument in op.arguments:
+            if argument.name not in arrays:
+                continue
+            array = arrays[argument.name]
+            letter = argument.tensor.dtype
+            _check_dtype(array, types.get(letter, letter), said.get(letter, False))
+            _check_shape(array, argument.tensor, sizes)
+            check_pointer(array, array.item_bytes)  # the kernels look themselves for what they may load at once
+            if argument.output and not array.writable:
+                raise PluginError(f"{argument.name} is read-only: expected an array to write to")
+        _check_sizes(sizes)
+
+        call = op.struct(**constants)
+        for symbol, size in sizes.items():
+            setattr(call, op.sizes[symbol], size)
+        for argument in op.arguments:
+            if argument.name in arrays:
+                setattr(call, argument.field, arrays[argument.name].pointer)
+        _set_dtypes(call, types["T"], types.get("S", "float32"))
+
+        allowed = {argument.name: argument.may_be for argument in op.arguments if argument.output}
+        needed = self._workspace_bytes(name, call)
+        used = list(arrays.values())
+        if needed:
+            scratch = _as_workspace(workspace, needed)
+            used.append(scratch)
+            allowed["workspace"] = ""
+        check_devices(used)
+        check_overlap(used, allowed)
+        self._launch(name, call, scratch.pointer if needed else 0, stream_handle(stream))
+
+    def _launch(self, op: str, call: ctypes.Structure, workspace: int, stream: int) -> None:
+        code = getattr(self._library, f"mamba_{op}")(ctypes.byref(call), workspace or None, stream)
+        if code:
+            raise _cuda_error(op, code)
+
+
+class RuntimeKernels(Kernels):
+    """The kernels without a library: each is compiled by NVRTC when it is first needed, and kept in the user's cache.
+
+    For machines without nvcc. It needs cuda-bindings, NVRTC and CUDA's headers (the extra ``nvrtc``) and a current CUDA
+    context. A first call with other sizes or dtypes than before may compile; before capturing a CUDA graph run it once.
+    """
+
+    def __init__(self) -> None:
+        from mamba_deploy.plugins import launches, nvrtc
+
+        self._launches, self._nvrtc = launches, nvrtc
+
+    def _workspace_bytes(self, op: str, call: ctypes.Structure) -> int:
+        return self._launches.workspace_bytes(op, call)
+
+    def _launch(self, op: str, call: ctypes.Structure, workspace: int, stream: int) -> None:
+        planned = getattr(self._launches, op)(call, workspace, self._nvrtc.current_device())
+        self._nvrtc.launch(planned, stream)
+
+
+def _set_dtypes(call: ctypes.Structure, dtype: str, state_dtype: str) -> None:
+    call.dtype = _CODES[dtype]
+    if hasattr(call, "state_dtype"):
+        call.state_dtype = _CODES[state_dtype]
+
+
+def _cuda_error(op: str, code: int) -> PluginError:
+    name = CUDA_ERRORS.get(code, "of no name known here")
+    return PluginError(f"{op}: CUDA error {code} ({name})", hint=_ERROR_HINTS.get(code, ""))
+
+
+def load(path: str | Path | None = None) -> Kernels:
+    """Open a library of the kernels: ``path``, or the one built for this machine, built now if need be.
+
+    Raises:
+        PluginError: It cannot be built or loaded.
+    """
+    if path is None:
+        from mamba_deploy.plugins import build
+
+        path = build.kernels_library()
+    return Kernels(path)

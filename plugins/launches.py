@@ -1,0 +1,392 @@
+"""How the kernels are launched where no compiled launcher is there: what the ``.cu`` files decide, once more in Python.
+
+A test records what the compiled launchers do for random calls and compares every kernel, grid, and argument.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_uint32, c_void_p
+from typing import Any, NamedTuple
+
+from mamba_deploy.plugins.nvrtc import Device, Launch
+
+__all__ = ["causal_conv1d", "last_token", "selective_scan", "ssd_scan", "workspace_bytes"]
+
+_TYPES = ("float", "__half", "__nv_bfloat16")  # by their numbers in mamba_kernels.h
+_BYTES = (4, 2, 2)
+_MAX_GRID_Y = 65535
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _aligned(call: ctypes.Structure, names: str, multiple: int) -> bool:
+    return all((getattr(call, name) or 0) % multiple == 0 for name in names.split())
+
+
+def _kernel(space: str, name: str, *parameters: Any) -> str:
+    """``mamba::SPACE::NAME<PARAMETERS>`` as C++ writes it."""
+    shown = (str(p).lower() if isinstance(p, bool) else str(p) for p in parameters)
+    return f"mamba::{space}::{name}<{', '.join(shown)}>"
+
+
+# --- causal_conv1d.cu --------------------------------------------------------------------------------------------
+
+
+def causal_conv1d(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``causal_conv1d.cu``: call is its struct, workspace an address."""
+    T, item = _TYPES[call.dtype], _BYTES[call.dtype]
+    vector = 16 // item
+    tuned = call.width == 4 and call.channels % vector == 0
+    tuned = tuned and _aligned(call, "x weight bias conv_state y conv_state_out", 16)
+    if call.length == 1:
+        width, vec, threads = (4, vector, 64) if tuned else (0, 1, 64)
+        grid = (call.batch, _ceil(call.channels, threads * vec))
+        return [Launch("causal_conv1d.cu", _kernel("conv", "step_kernel", T, width, vec), grid, (threads,), 0, (call,))]
+    width, vec = (4, 4) if tuned else (0, 1)
+    lanes, runs_of_block, resident = 32, 4, 6 if item == 2 else 5
+    channel_blocks, rows = _ceil(call.channels, lanes * vec), min(call.batch, _MAX_GRID_Y)
+    runs = max(1, device.multiprocessors * resident // (channel_blocks * rows)) * runs_of_block
+    run_length = min(max(_ceil(call.length, 4 * runs) * 4, 8), 64)
+    grid = (channel_blocks * _ceil(call.length, run_length * runs_of_block), rows)
+    arguments = (call, c_uint32(channel_blocks), c_int32(run_length))
+    name = _kernel("conv", "prompt_kernel", T, width, vec)
+    return [Launch("causal_conv1d.cu", name, grid, (lanes, runs_of_block), 0, arguments)]
+
+
+# --- last_token.cu -----------------------------------------------------------------------------------------------
+
+
+def last_token(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``last_token.cu``: call is its struct, workspace an address."""
+    size = call.width * _BYTES[call.dtype]
+    if size % 16 == 0 and _aligned(call, "x y", 16):
+        word, words = "uint4", size // 16
+    else:
+        word, words = ("uint32_t" if call.dtype == 0 else "uint16_t"), call.width
+    grid = (_ceil(words, 128), min(call.batch, _MAX_GRID_Y))
+    pointers = tuple(c_void_p(p) for p in (call.x, call.seq_lens, call.y))
+    arguments = (*pointers, c_int32(call.batch), c_int32(call.length), c_int32(words))
+    return [Launch("last_token.cu", _kernel("last", "last_token_kernel", word), grid, (128,), 0, arguments)]
+
+
+# --- selective_scan.cu -------------------------------------------------------------------------------------------
+
+
+def selective_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``selective_scan.cu``: call is its struct, workspace an address."""
+    return [_scan_step(call)] if call.length == 1 else _scan_prompt(call, workspace, device)
+
+
+class _Shape(NamedTuple):
+    """The template arguments of Shape in selective_scan_prompt.cuh, in their order."""
+
+    states: int
+    lanes: int
+    step: int
+    tile: int
+    items: int
+    packs: int
+    wide: int
+    finished: int
+    quads: int
+    threads: int
+    blocks: int
+
+    def shared_floats(self, quads: int, summary: bool) -> int:
+        n, rows = self.states * self.lanes, 4 * quads
+        token_pitch = 2 * n + (4 if self.states == 2 else 16 if n < 32 else 0)
+        outputs = 0 if summary else 3 * self.tile * (4 * self.quads + 8)
+        return 2 * rows * (2 * self.tile + 4) + 2 * self.tile * token_pitch + 2 * rows + outputs
+
+
+_FEW = _Shape(2, 8, 64, 64, 1, 1, 8, 1, 4, 640, 1)
+_MEDIUM = _Shape(2, 8, 32, 64, 2, 1, 8, 2, 10, 640, 1)
+_MANY = _Shape(4, 4, 32, 32, 4, 1, 8, 4, 8, 256, 3)
+_STATES = (  # the most states, the shape, quads of channels
+    (32, _Shape(4, 8, 16, 32, 2, 1, 8, 2, 8, 384, 2), 8),
+    (64, _Shape(4, 16, 16, 16, 1, 2, 8, 1, 4, 384, 2), 4),
+    (128, _Shape(4, 32, 16, 16, 1, 4, 8, 1, 2, 352, 2), 2),
+    (256, _Shape(8, 32, 8, 8, 1, 4, 8, 1, 2, 352, 1), 2),
+)
+
+
+class _PromptPlan(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("quads", "groups", "scanners", "stagers", "chunks", "chunk_length")),
+        ("vectors", ctypes.c_bool),
+        ("chunk_states", c_void_p),
+        ("chunk_steps", c_void_p),
+    ]
+
+
+def _scan_room(call: Any) -> int:
+    groups = call.batch * _ceil(call.channels, 16)
+    if call.length == 1 or call.state_size > 16 or groups > 36:
+        return 1
+    count = min(396 // groups, call.length // 128)
+    return 1 if count < 4 else count
+
+
+def _scan_workspace(call: Any) -> int:
+    room = _scan_room(call)
+    return 0 if room == 1 else call.batch * room * call.channels * (call.state_size + 1)
+
+
+def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
+    room = _scan_room(call)
+    if room > 1:
+        length = _ceil(_ceil(call.length, room), 32) * 32
+        plan = _scan_plan(call, _MANY, 4, _ceil(call.length, length), length, workspace)
+        elements = call.batch * call.channels * call.state_size
+        passing = Launch(_PROMPT, "mamba::scan::pass_kernel", (_ceil(elements, 128),), (128,), 0, (call, plan))
+        return [_scan_launch(call, _MANY, plan, summary=True), passing, _scan_launch(call, _MANY, plan, summary=False)]
+    shape, quads = _scan_shape(call, device)
+    return [_scan_launch(call, shape, _scan_plan(call, shape, quads, 1, call.length, 0), summary=False)]
+
+
+def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
+    if call.state_size > 16:
+        return next((shape, quads) for most, shape, quads in _STATES if call.state_size <= most)
+
+    def best(*allowed: int) -> int:
+        """Whose busiest multiprocessor has the fewest channels; the last of equals."""
+        load = {q: _ceil(call.batch * _ceil(call.channels, 4 * q), device.multiprocessors) * q for q in allowed}
+        return min(reversed(allowed), key=load.__getitem__)
+
+    if call.batch * call.channels >= 64 * device.multiprocessors:
+        return _MANY, best(4, 6, 8)
+    few = call.batch * _ceil(call.channels, 16) <= device.multiprocessors
+    if few or device.shared_bytes < 4 * _MEDIUM.shared_floats(10, False):
+        return _FEW, best(2, 3, 4)
+    return _MEDIUM, best(5, 6, 7, 8, 9, 10)
+
+
+def _scan_plan(call: Any, shape: _Shape, quads: int, chunks: int, chunk_length: int, workspace: int) -> _PromptPlan:
+    stagers = max(
+        _ceil(shape.step * quads, 32 * shape.items),
+        _ceil(shape.step * shape.states * shape.lanes // shape.wide, 32 * shape.packs),
+    )
+    vectors = call.channels % 4 == 0 and call.state_size % shape.wide == 0 and _aligned(call, "B C", 16)
+    vectors = vectors and _aligned(call, "x dt z y", 4 * _BYTES[call.dtype])
+    steps = workspace + (4 * call.batch * chunks * call.channels * call.state_size if chunks > 1 else 0)
+    return _PromptPlan(
+        quads, _ceil(call.channels, 4 * quads), 4 * quads * shape.lanes // 32, stagers, chunks, chunk_length, vectors,
+        workspace or None, steps or None,
+    )  # fmt: skip
+
+
+def _scan_launch(call: Any, shape: _Shape, plan: _PromptPlan, *, summary: bool) -> Launch:
+    written = f"mamba::scan::Shape<{', '.join(map(str, shape))}>"
+    name = _kernel("scan", "prompt_kernel", _TYPES[call.dtype], written, bool(plan.vectors), summary)
+    finishers = 0 if summary else _ceil(shape.step * plan.quads, 32 * shape.finished)
+    threads = 32 * (plan.scanners + plan.stagers + finishers)
+    grid = (call.batch * plan.groups, plan.chunks - 1 if summary else plan.chunks)
+    return Launch(_PROMPT, name, grid, (threads,), 4 * shape.shared_floats(plan.quads, summary), (call, plan))
+
+
+_PROMPT = "selective_scan_prompt.cuh"
+
+
+def _scan_step(call: Any) -> Launch:
+    N, vec = call.state_size, 16 // _BYTES[call.state_dtype]
+    rows = 1
+    warps = 4
+    if N % vec == 0 and _aligned(call, "ssm_state ssm_state_out B C A", 16):
+        lanes = next(n for n in (16, 32, 64, 128, 32 * vec) if n >= N or n == 32 * vec) // vec
+        iterations = _ceil(256, 32 * vec) if N > 128 else 1
+        passes = lanes
+        if N <= 16:
+            channels = call.batch * call.channels
+            rows = 4 if channels >= 800_000 else 2 if channels >= 100_000 else 1
+            warps = 2 if rows == 4 else 4
+            passes = lanes if channels >= 10_000 else 1
+    else:
+        vec = 1
+        most = ((8, 8, 1), (16, 8, 2), (24, 8, 3), (32, 16, 2), (64, 32, 2), (128, 32, 4), (256, 32, 8))
+        _, lanes, iterations = next(shape for shape in most if shape[0] >= N)
+        passes = lanes
+    channel_blocks = _ceil(call.channels, warps * passes * 32 // lanes)
+    types = (_TYPES[call.dtype], _TYPES[call.state_dtype])
+    name = _kernel("scan", "step_kernel", *types, vec, lanes, iterations, passes, rows)
+    grid = (channel_blocks * _ceil(call.batch, rows),)
+    return Launch("selective_scan_step.cuh", name, grid, (32 * warps,), 0, (call, c_uint32(channel_blocks)))
+
+
+# --- ssd_scan.cu -------------------------------------------------------------------------------------------------
+
+
+def ssd_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``ssd_scan.cu``: call is its struct, workspace an address."""
+    return [_ssd_step(call)] if call.length == 1 else _ssd_prompt(call, workspace, device)
+
+
+def _ssd_step(call: Any) -> Launch:
+    N, item = call.state_size, _BYTES[call.state_dtype]
+    vec, iterations = 16 // item, 1
+    if N % vec == 0 and _aligned(call, "ssm_state ssm_state_out B C", 16):
+        lanes = next((n for n in (4, 8, 16, 32) if n * vec >= N), 32)
+        iterations = 2 if item == 4 and N > 128 else 1
+    else:
+        vec = 1
+        most = ((32, 8, 4), (64, 16, 4), (128, 32, 4), (256, 32, 8))
+        _, lanes, iterations = next(shape for shape in most if shape[0] >= N)
+    rows = call.batch * call.heads * call.head_dim
+    sets, warps = (4, 2) if rows * N * item >= 64 << 20 else (2, 8)
+    warp_rows = sets * 32 // lanes
+    small = rows <= 2**31 - 1
+    by = _StepDivisors(
+        _divisor(max(call.head_dim // warp_rows, 1)), _divisor(call.head_dim), _divisor(call.heads),
+        _divisor(call.heads // call.groups), small,
+    )  # fmt: skip
+    uniform = small and call.head_dim % warp_rows == 0
+    types = (_TYPES[call.dtype], _TYPES[call.state_dtype])
+    name = _kernel("ssd", "step_kernel", *types, vec, lanes, iterations, sets, uniform)
+    return Launch("ssd_step.cuh", name, (_ceil(_ceil(rows, warp_rows), warps),), (32 * warps,), 0, (call, by))
+
+
+class _Segments(ctypes.Structure):
+    _fields_ = [("count", c_int32), ("length", c_int32), ("states", c_void_p), ("decays", c_void_p)]
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = [("tiles", c_uint32), ("channels", c_int32), ("stages", c_int32)]
+
+
+_CHUNK = 64
+
+
+def _ssd_room(call: Any) -> int:
+    return max(1, min(_ceil(call.length, _CHUNK), 512 // (call.batch * call.heads)))
+
+
+def _segment_floats(call: Any) -> int:
+    return _ceil(call.batch * call.heads * call.head_dim * call.state_size, 64) * 64
+
+
+def _ssd_workspace(call: Any) -> int:
+    room = _ssd_room(call)
+    return 0 if room == 1 else room * (_segment_floats(call) + call.batch * call.heads)
+
+
+def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
+    if _BYTES[call.dtype] == 2 and call.length > 4 and device.major >= 8:
+        chunked = _ssd_chunked(call, workspace, device)
+        if chunked:
+            return chunked
+    T = _TYPES[call.dtype]
+    lanes = next(lanes for lanes in (4, 8, 16, 32) if call.state_size <= 8 * lanes)
+    warps = 2 if lanes == 4 else 4
+    rows = warps * 4 * 32 // lanes
+    tiles = _ceil(call.head_dim, rows)
+    segments = _segments(call, tiles, device, (4.0, 0.6, 0.7), workspace)
+    shared = 4 * 16 * (2 * 8 * lanes + 2 * rows + 2)
+
+    def kernel(output: bool) -> tuple[str, str, int, int]:
+        return "ssd_recurrent.cuh", _kernel("ssd", "recurrent_kernel", T, lanes, output), 32 * warps, shared
+
+    return _ssd_launches(call, segments, tiles, kernel(False), kernel(True), c_uint32(tiles))
+
+
+def _ssd_chunked(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """On the tensor cores; none where a block's shared memory does not suffice."""
+    aligned = call.head_dim % 8 == 0 and call.state_size % 8 == 0 and _aligned(call, "x y B C", 16)
+    nt = next(nt for nt in (64, 128, 256) if call.state_size <= nt)
+    load = 3 if not aligned and nt <= 128 else 2 if nt <= 128 else 1
+    most = 32 if nt > 128 else 80 if aligned else 64
+
+    def shared(channels: int, stages: int, output: bool) -> int:
+        stage = (2 if output else 1) * _CHUNK * (nt if aligned else nt + 8) + _CHUNK * (channels + 8)
+        return stages * (1040 + 2 * stage) + (2 * 5376 if output else 0)
+
+    tiles = _ceil(call.head_dim, most) - 1
+    while True:
+        tiles += 1
+        channels = _ceil(_ceil(call.head_dim, tiles), 16) * 16
+        if channels <= 16 or shared(channels, 2, True) <= device.shared_bytes:
+            break
+    stages = 4
+    while stages > 2 and shared(channels, stages, True) > device.shared_bytes:
+        stages -= 1
+    if shared(channels, stages, True) > device.shared_bytes:
+        return []
+    segments = _segments(call, tiles, device, (1.9, 0.4, 1.0), workspace)
+
+    def kernel(output: bool) -> tuple[str, str, int, int]:
+        name = _kernel("ssd", "chunk_kernel", _TYPES[call.dtype], nt, aligned, output)
+        threads = 32 * ((4 if output else 0) + 1 + load) + 2 * channels
+        return "ssd_prompt.cuh", name, threads, shared(channels, stages, output)
+
+    return _ssd_launches(call, segments, tiles, kernel(False), kernel(True), _Layout(tiles, channels, stages))
+
+
+def _segments(call: Any, tiles: int, device: Device, costs: tuple[float, float, float], workspace: int) -> _Segments:
+    chunks, blocks = _ceil(call.length, _CHUNK), call.batch * call.heads * tiles
+    chunk_us, state, turn = costs
+
+    def load(n: int) -> float:
+        turns = _ceil(n, device.multiprocessors)
+        return 1.0 if turns < 2 else turn * turns
+
+    state_bytes = 16.0 * _segment_floats(call)
+    best, least = chunks, chunks * chunk_us * load(blocks)
+    for count in range(2, (_ssd_room(call) if workspace else 1) + 1):
+        length = _ceil(chunks, count)
+        if _ceil(chunks, length) != count:
+            continue
+        in_turns = load(blocks * count) + state * load(blocks * (count - 1))
+        time = length * chunk_us * in_turns + 5.0 + count * state_bytes / 3e6
+        if time < least:
+            least, best = time, length
+    count = _ceil(chunks, best)
+    decays = workspace + (4 * count * _segment_floats(call) if count > 1 else 0)
+    return _Segments(count, best * _CHUNK, workspace or None, decays or None)
+
+
+def _ssd_launches(
+    call: Any,
+    segments: _Segments,
+    tiles: int,
+    states: tuple[str, str, int, int],
+    output: tuple[str, str, int, int],
+    layout: Any,
+) -> list[Launch]:
+    """Kernels as (file, name, threads, shared memory)."""
+    width, count = call.batch * call.heads * tiles, segments.count
+    found = []
+    if count > 1:
+        source, name, threads, shared = states
+        found.append(Launch(source, name, (width, count - 1), (threads,), shared, (call, segments, layout)))
+        grid = (_ceil(call.batch * call.heads * call.head_dim * call.state_size, 256),)
+        passing = "mamba::ssd::pass_states_kernel"
+        found.append(Launch("ssd_recurrent.cuh", passing, grid, (256,), 0, (call, segments)))
+    source, name, threads, shared = output
+    return [*found, Launch(source, name, (width, count), (threads,), shared, (call, segments, layout))]
+
+
+class _Divisor(ctypes.Structure):
+    _fields_ = [("divisor", c_uint32), ("factor", c_uint32), ("shift", c_uint32)]
+
+
+class _StepDivisors(ctypes.Structure):
+    _fields_ = [*((name, _Divisor) for name in ("warps", "rows", "heads", "group")), ("small", c_int32)]
+
+
+def _divisor(divisor: int) -> _Divisor:
+    shift = (divisor - 1).bit_length()
+    return _Divisor(divisor, ((((1 << shift) - divisor) << 32) // divisor + 1) & 0xFFFFFFFF, shift)
+
+
+# --- workspace ---------------------------------------------------------------------------------------------------
+
+
+def workspace_bytes(op: str, call: Any) -> int:
+    """As ``mamba_OP_workspace`` in C."""
+    floats = 0
+    if op == "selective_scan":
+        floats = _scan_workspace(call)
+    elif op == "ssd_scan":
+        floats = _ssd_workspace(call)
+    return _ceil(4 * floats, 256) * 256

@@ -1,0 +1,94 @@
+/* C interface of the kernels: plain structs of sizes and device pointers, one launcher an operator.
+ *
+ * All tensors are dense and in the order of the ONNX operators (token-major). Every function returns a cudaError_t as
+ * int, 0 for success, and only enqueues work on the stream: no allocation, no synchronisation, no host read of device
+ * data, so each may be captured in a CUDA graph. A state may go out into the buffer it came in from, or another.
+ * Row b uses its first seq_lens[b] tokens; y past them is written as zero.
+ */
+#ifndef MAMBA_KERNELS_H
+#define MAMBA_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Of activations T and states S. Arithmetic is float32 whatever they are. */
+enum { MAMBA_FLOAT32 = 0, MAMBA_FLOAT16 = 1, MAMBA_BFLOAT16 = 2 };
+
+enum { MAMBA_ACTIVATION_NONE = 0, MAMBA_ACTIVATION_SILU = 1 };
+
+typedef struct MambaCausalConv1d {
+    int32_t batch, length, channels, width; /* B, L, C, K (2 to 8) */
+    int32_t dtype, activation;
+    const void* x;           /* [B, L, C] T */
+    const void* weight;      /* [C, K] T */
+    const void* bias;        /* [C] T, or null */
+    const void* conv_state;  /* [B, C, K-1] T, oldest first */
+    const int32_t* seq_lens; /* [B] */
+    void* y;                 /* [B, L, C] T */
+    void* conv_state_out;    /* [B, C, K-1] T */
+} MambaCausalConv1d;
+
+typedef struct MambaSelectiveScan {
+    int32_t batch, length, channels, state_size; /* B, L, D, N (1 to 256) */
+    int32_t dtype, state_dtype, dt_softplus;
+    const void* x;           /* [B, L, D] T */
+    const void* dt;          /* [B, L, D] T */
+    const float* A;          /* [D, N], negative */
+    const void* B;           /* [B, L, N] T */
+    const void* C;           /* [B, L, N] T */
+    const float* D;          /* [D], or null */
+    const void* z;           /* [B, L, D] T, or null */
+    const float* dt_bias;    /* [D], or null */
+    const void* ssm_state;   /* [B, D, N] S */
+    const int32_t* seq_lens; /* [B] */
+    void* y;                 /* [B, L, D] T */
+    void* ssm_state_out;     /* [B, D, N] S */
+} MambaSelectiveScan;
+
+typedef struct MambaSsdScan {
+    int32_t batch, length, heads, head_dim, state_size, groups; /* B, L, H, P, N (1 to 256), G */
+    int32_t dtype, state_dtype, dt_softplus, skip_per_channel;  /* skip_per_channel: D is [H, P], not [H] */
+    float dt_min, dt_max;
+    const void* x;           /* [B, L, H * P] T */
+    const void* dt;          /* [B, L, H] T */
+    const float* A;          /* [H], negative */
+    const void* B;           /* [B, L, G * N] T */
+    const void* C;           /* [B, L, G * N] T */
+    const float* D;          /* [H] or [H, P], or null */
+    const float* dt_bias;    /* [H], or null */
+    const void* ssm_state;   /* [B, H, P, N] S */
+    const int32_t* seq_lens; /* [B] */
+    void* y;                 /* [B, L, H * P] T */
+    void* ssm_state_out;     /* [B, H, P, N] S */
+} MambaSsdScan;
+
+typedef struct MambaLastToken {
+    int32_t batch, length, width; /* B, L, d */
+    int32_t dtype;
+    const void* x;           /* [B, L, d] T */
+    const int32_t* seq_lens; /* [B] */
+    void* y;                 /* [B, d] T */
+} MambaLastToken;
+
+/* Bytes of scratch memory, 256-byte aligned, that a call with these sizes and dtypes needs; pointers are not looked at.
+ * It never shrinks as length grows. It may as batch grows: with fewer rows a prompt is cut into more parts. */
+size_t mamba_causal_conv1d_workspace(const MambaCausalConv1d* call);
+size_t mamba_selective_scan_workspace(const MambaSelectiveScan* call);
+size_t mamba_ssd_scan_workspace(const MambaSsdScan* call);
+size_t mamba_last_token_workspace(const MambaLastToken* call);
+
+/* stream is a cudaStream_t. An unknown dtype or a size out of range is cudaErrorInvalidValue. */
+int mamba_causal_conv1d(const MambaCausalConv1d* call, void* workspace, void* stream);
+int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* stream);
+int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream);
+int mamba_last_token(const MambaLastToken* call, void* workspace, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

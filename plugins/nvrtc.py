@@ -1,0 +1,231 @@
+"""Compiles single kernels by NVRTC when they are first launched, for machines without nvcc; keeps them in the cache.
+
+Needs cuda-bindings, and NVRTC and CUDA's headers from NVIDIA's wheels or a CUDA toolkit. Launches go through the
+driver, in the current context, which is that of pycuda, torch or TensorRT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mamba_deploy.errors import PluginError, require
+from mamba_deploy.plugins.build import SOURCES, cache_folder
+from mamba_deploy.plugins.toolchain import find_cuda_headers
+
+__all__ = ["Device", "Launch", "Program", "compile_kernel", "current_device", "launch"]
+
+# What the sources ask of a host's C library; NVRTC brings memcpy itself.
+_HEADERS = {
+    "stddef.h": "",
+    "string.h": "",
+    "stdint.h": """
+        typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long int64_t;
+        typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t;
+        typedef unsigned long uint64_t; typedef unsigned long uintptr_t;""",
+}
+_OPTIONS = ("-std=c++17", "-default-device", "-DMAMBA_KERNELS_ONLY")
+_STATIC_SHARED_LIMIT = 48 << 10
+
+
+class Launch(NamedTuple):
+    """A kernel and how it is launched."""
+
+    source: str  # the file it is in
+    kernel: str  # as C++ names it: mamba::last::last_token_kernel<uint4>
+    grid: tuple[int, ...]  # x and, where not 1, y
+    threads: tuple[int, ...]
+    shared: int  # bytes of dynamic shared memory
+    arguments: tuple[Any, ...]  # of ctypes
+
+
+class Device(NamedTuple):
+    """What launches depend on."""
+
+    major: int  # of the compute capability
+    minor: int
+    multiprocessors: int
+    shared_bytes: int  # a block may have at most
+
+
+class Program(NamedTuple):
+    """Machine code or PTX of one kernel, and the kernel's name in it."""
+
+    name: bytes
+    code: bytes
+
+
+@cache
+def _bindings() -> tuple[ModuleType, ModuleType]:
+    why = "compile the kernels without nvcc"
+    return tuple(require(f"cuda.bindings.{name}", extra="nvrtc", why=why) for name in ("driver", "nvrtc"))  # type: ignore[return-value]
+
+
+def current_device() -> Device:
+    """Of the current context.
+
+    Raises:
+        PluginError: There is none, or no driver.
+    """
+    driver, _ = _bindings()
+    device = _driver_call(driver.cuCtxGetDevice())
+    return _describe(int(device))
+
+
+@cache
+def _describe(number: int) -> Device:
+    driver, _ = _bindings()
+    of = driver.CUdevice_attribute
+    wanted = (
+        of.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        of.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        of.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        of.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+    )
+    return Device(*(int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted))
+
+
+def launch(launches: list[Launch], stream: int) -> None:
+    """Enqueue kernels one after the other; the first time each is compiled, or read from the cache.
+
+    Raises:
+        PluginError: A kernel does not compile, or CUDA refuses it.
+    """
+    driver, _ = _bindings()
+    context = int(_driver_call(driver.cuCtxGetCurrent()))
+    device = current_device()
+    for one in launches:
+        function = _function(context, one.source, one.kernel, one.shared, device.major * 10 + device.minor)
+        grid, threads = (*one.grid, 1, 1)[:3], (*one.threads, 1, 1)[:3]
+        pointers = (ctypes.c_void_p * len(one.arguments))(*(ctypes.addressof(a) for a in one.arguments))
+        _driver_call(
+            driver.cuLaunchKernel(function, *grid, *threads, one.shared, stream, ctypes.addressof(pointers), 0)
+        )
+
+
+@cache
+def _function(context: int, source: str, kernel: str, shared: int, architecture: int) -> Any:
+    """Of a context, and allowed so much dynamic shared memory."""
+    driver, _ = _bindings()
+    function = _loaded(context, source, kernel, architecture)
+    if shared > _STATIC_SHARED_LIMIT:
+        of = driver.CUfunction_attribute
+        _driver_call(driver.cuFuncSetAttribute(function, of.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        _driver_call(driver.cuFuncSetAttribute(function, of.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+    return function
+
+
+@cache
+def _loaded(context: int, source: str, kernel: str, architecture: int) -> Any:
+    """The module lives as long as its context."""
+    driver, _ = _bindings()
+    program = compile_kernel(source, kernel, architecture)
+    module = _driver_call(driver.cuModuleLoadData(program.code))
+    return _driver_call(driver.cuModuleGetFunction(module, program.name))
+
+
+def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
+    """Compile a kernel for an architecture (90 for sm_90), or read it from the cache.
+
+    A GPU newer than NVRTC gets PTX of the newest architecture that this knows.
+
+    Raises:
+        PluginError: NVRTC or CUDA's headers are missing, or it does not compile.
+    """
+    _, nvrtc = _bindings()
+    version = _nvrtc_call(None, nvrtc.nvrtcVersion())
+    known = [int(a) for a in _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs())]
+    if architecture in known:
+        target = f"sm_{architecture}"
+    elif older := [a for a in known if a < architecture]:
+        target = f"compute_{max(older)}"
+    else:
+        numbers = ".".join(map(str, version))
+        raise PluginError(f"NVRTC {numbers} knows sm_{min(known)} and newer: this GPU is sm_{architecture}")
+    headers = find_cuda_headers()
+    key = (_sources_hash(), source, kernel, target, version, _OPTIONS)
+    path = cache_folder() / "nvrtc" / hashlib.sha256(repr(key).encode()).hexdigest()
+    found = _read(path)
+    if found is None:
+        found = _compile(source, kernel, target, headers)
+        _write(path, found)
+    return found
+
+
+def _compile(source: str, kernel: str, target: str, headers: Path) -> Program:
+    _, nvrtc = _bindings()
+    text = f'#include "{source}"\n'.encode()
+    names, contents = ([part.encode() for part in parts] for parts in zip(*_HEADERS.items(), strict=True))
+    program = _nvrtc_call(None, nvrtc.nvrtcCreateProgram(text, b"one_kernel.cu", len(names), contents, names))
+    try:
+        expression = kernel.encode()
+        _nvrtc_call(program, nvrtc.nvrtcAddNameExpression(program, expression))
+        options = [f"-arch={target}", *_OPTIONS, f"-I{SOURCES}", f"-I{headers}"]
+        _nvrtc_call(program, nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
+        name = _nvrtc_call(program, nvrtc.nvrtcGetLoweredName(program, expression))
+        size, get = (
+            (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+            if target.startswith("sm_")
+            else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        )
+        code = b" " * _nvrtc_call(program, size(program))
+        _nvrtc_call(program, get(program, code))
+        return Program(bytes(name), code)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+@cache
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh"), SOURCES / "mamba_kernels.h"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Program | None:
+    try:
+        name, _, code = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return Program(name, code)
+
+
+def _write(path: Path, program: Program) -> None:
+    """Whole or not at all; a cache that cannot be written costs time, not the launch."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(program.name + b"\n" + program.code)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _driver_call(answer: tuple[Any, ...]) -> Any:
+    driver, _ = _bindings()
+    code, *values = answer
+    if code != driver.CUresult.CUDA_SUCCESS:
+        name = str(getattr(code, "name", code))
+        absent = name.endswith(("NO_DEVICE", "NOT_INITIALIZED"))
+        hint = "the kernels need an NVIDIA GPU, its driver and a current context" if absent else ""
+        raise PluginError(f"CUDA refused a kernel: {name}", hint=hint)
+    return values[0] if values else None
+
+
+def _nvrtc_call(program: Any, answer: tuple[Any, ...]) -> Any:
+    _, nvrtc = _bindings()
+    code, *values = answer
+    if code != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b""
+        if program is not None:
+            log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+            nvrtc.nvrtcGetProgramLog(program, log)
+        raise PluginError(f"NVRTC: {code.name}\n{log.decode(errors='replace').strip(chr(0))}".strip())
+    return (values[0] if len(values) == 1 else tuple(values)) if values else None

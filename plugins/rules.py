@@ -1,0 +1,241 @@
+"""The rules of the plugins in Python: what each operator takes and gives, its attributes, shapes and dtypes.
+
+``plugin_common.h`` has the same for C++; a test compares the two. Shapes here are lists of sizes, -1 where one is not
+known yet, and dtypes are names: ``float32``, ``float16``, ``bfloat16``, ``int32``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from mamba_deploy.errors import PluginError
+
+__all__ = ["DOMAIN", "FLOATS", "GIVEN_INPUTS", "OPS", "VERSION", "Node", "Op", "Tensor", "prepare_for_parser"]
+
+DOMAIN = "mamba_deploy"
+VERSION = "1"
+FLOATS = ("float32", "float16", "bfloat16")
+GIVEN_INPUTS = "given_inputs"  # an attribute: bit i is set where input i of the operator is there
+_INT32_MAX = 2**31 - 1
+_Element = TypeVar("_Element")
+
+
+class Tensor(NamedTuple):
+    """An input or output. Axes are symbols, ``H*P`` or ``K-1``; dtype T is that of activations, S that of the state."""
+
+    name: str
+    dtype: str
+    axes: tuple[str, ...]
+    optional: bool = False
+    other_axes: tuple[str, ...] = ()  # also allowed
+
+    def axes_of(self, rank: int) -> tuple[str, ...]:
+        """Its axes where it has so many.
+
+        Raises:
+            PluginError: It may not have so many.
+        """
+        for axes in (self.axes, self.other_axes):
+            if axes and len(axes) == rank:
+                return axes
+        raise PluginError(f"{self.name} has {rank} axes: expected {len(self.axes)}")
+
+
+class Op(NamedTuple):
+    """An operator of the domain ``mamba_deploy``."""
+
+    kernel: str  # its name in kernels.Kernels
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    attributes: Mapping[str, Any]  # and their defaults
+    sizes: Mapping[str, str]  # what the kernel calls a symbol
+
+
+def _tensors(text: str) -> tuple[Tensor, ...]:
+    """From ``name:dtype:axes`` and ``name?:dtype:axes|other,axes``."""
+    found = []
+    for field in text.split():
+        name, dtype, shapes = field.split(":")
+        axes, _, other = shapes.partition("|")
+        other_axes = tuple(other.split(",")) if other else ()
+        found.append(Tensor(name.removesuffix("?"), dtype, tuple(axes.split(",")), name.endswith("?"), other_axes))
+    return tuple(found)
+
+
+OPS: Mapping[str, Op] = {
+    "MambaCausalConv1d": Op(
+        "causal_conv1d",
+        _tensors("x:T:B,L,C weight:T:C,K bias?:T:C conv_state:T:B,C,K-1 seq_lens:int32:B"),
+        _tensors("y:T:B,L,C conv_state_out:T:B,C,K-1"),
+        {"activation": "silu"},
+        {"B": "batch", "L": "length", "C": "channels", "K": "width"},
+    ),
+    "MambaSelectiveScan": Op(
+        "selective_scan",
+        _tensors(
+            "x:T:B,L,D dt:T:B,L,D A:float32:D,N B:T:B,L,N C:T:B,L,N D?:float32:D z?:T:B,L,D dt_bias?:float32:D "
+            "ssm_state:S:B,D,N seq_lens:int32:B"
+        ),
+        _tensors("y:T:B,L,D ssm_state_out:S:B,D,N"),
+        {"dt_softplus": 1},
+        {"B": "batch", "L": "length", "D": "channels", "N": "state_size"},
+    ),
+    "MambaSsdScan": Op(
+        "ssd_scan",
+        _tensors(
+            "x:T:B,L,H*P dt:T:B,L,H A:float32:H B:T:B,L,G*N C:T:B,L,G*N D?:float32:H|H,P dt_bias?:float32:H "
+            "ssm_state:S:B,H,P,N seq_lens:int32:B"
+        ),
+        _tensors("y:T:B,L,H*P ssm_state_out:S:B,H,P,N"),
+        {"dt_softplus": 1, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1, "chunk_size": 256},
+        {"B": "batch", "L": "length", "H": "heads", "P": "head_dim", "N": "state_size", "G": "groups"},
+    ),
+    "MambaLastToken": Op(
+        "last_token",
+        _tensors("x:T:B,L,d seq_lens:int32:B"),
+        _tensors("y:T:B,d"),
+        {},
+        {"B": "batch", "L": "length", "d": "width"},
+    ),
+}
+_RANGES = {"dt_softplus": (0, 1), "n_groups": (1, _INT32_MAX), "chunk_size": (1, _INT32_MAX)}
+
+
+class Node:
+    """An operator with its attributes, and so with the inputs that are there.
+
+    Args:
+        op_type: A key of :data:`OPS`.
+        attributes: Those left out have their defaults; all inputs are there unless ``given_inputs`` says else.
+
+    Raises:
+        PluginError: An attribute is unknown or out of range.
+    """
+
+    def __init__(self, op_type: str, attributes: Mapping[str, Any] | None = None) -> None:
+        self.op_type, self.op = op_type, OPS[op_type]
+        every = (1 << len(self.op.inputs)) - 1
+        self.attributes: dict[str, Any] = {**self.op.attributes, GIVEN_INPUTS: every, **(attributes or {})}
+        self._check_attributes(every)
+        given = self.attributes[GIVEN_INPUTS]
+        self.inputs = tuple(tensor for i, tensor in enumerate(self.op.inputs) if given >> i & 1)
+
+    def _check_attributes(self, every: int) -> None:
+        for name, value in self.attributes.items():
+            if name not in self.op.attributes and name != GIVEN_INPUTS:
+                raise PluginError(f"{self.op_type}: no attribute {name} is known")
+            low, high = (1, every) if name == GIVEN_INPUTS else _RANGES.get(name, (None, None))
+            if low is not None and high is not None and not (isinstance(value, int) and low <= value <= high):
+                raise PluginError(f"{self.op_type}: {name} is {value}: expected {low} to {high}")
+        activation = self.attributes.get("activation", "silu")
+        if activation not in ("silu", "none"):
+            raise PluginError(f"{self.op_type}: activation is {activation!r}: expected 'silu' or 'none'")
+        low, high = self.attributes.get("dt_min", 0.0), self.attributes.get("dt_max", math.inf)
+        if not low <= high:
+            raise PluginError(f"{self.op_type}: dt_min is {low} and dt_max is {high}: expected dt_min <= dt_max")
+        for i, tensor in enumerate(self.op.inputs):
+            if not tensor.optional and not self.attributes[GIVEN_INPUTS] >> i & 1:
+                raise PluginError(f"{self.op_type}: given_inputs lacks bit {i}, for {tensor.name}: it is not optional")
+
+    def check_count(self, n_inputs: int) -> None:
+        """Refuse another number of inputs than there should be."""
+        if n_inputs != len(self.inputs):
+            raise PluginError(
+                f"{self.op_type} has {n_inputs} inputs: expected {len(self.inputs)}",
+                hint="an optional input that is not there is left out, and the attribute given_inputs, a bit for each "
+                "input, says so; mamba_deploy.plugins.rules.prepare_for_parser does that",
+            )
+
+    def by_slot(self, values: Sequence[_Element]) -> list[_Element | None]:
+        """Values of the inputs that are there, spread over all inputs of the operator."""
+        given = iter(values)
+        bits = self.attributes[GIVEN_INPUTS]
+        return [next(given) if bits >> i & 1 else None for i in range(len(self.op.inputs))]
+
+    def supports(self, position: int, dtypes: Sequence[str]) -> bool:
+        """Whether input ``position``, or an output after them, may have its dtype, given those before it."""
+        wanted = (self.inputs + self.op.outputs)[position].dtype
+        if wanted not in ("T", "S"):
+            return dtypes[position] == wanted
+        first = self._first(wanted)
+        return dtypes[position] in FLOATS if position == first else dtypes[position] == dtypes[first]
+
+    def output_dtypes(self, dtypes: Sequence[_Element]) -> list[_Element]:
+        """Of the inputs' dtypes, in whatever form they come."""
+        self.check_count(len(dtypes))
+        return [dtypes[self._first(output.dtype)] for output in self.op.outputs]
+
+    def _first(self, dtype: str) -> int:
+        return next(i for i, tensor in enumerate(self.inputs) if tensor.dtype == dtype)
+
+    def output_shapes(self, shapes: Sequence[Sequence[_Element]]) -> list[list[_Element]]:
+        """Of the inputs' shapes, whose elements may be sizes or expressions."""
+        self.check_count(len(shapes))
+        axes: dict[str, _Element] = {}
+        for tensor, shape in zip(self.inputs, shapes, strict=True):
+            for axis, element in zip(tensor.axes_of(len(shape)), shape, strict=True):
+                axes.setdefault(axis, element)
+        return [[axes[axis] for axis in output.axes] for output in self.op.outputs]
+
+    def sizes(self, shapes: Sequence[Sequence[int]], *, agree: bool = True) -> dict[str, int]:
+        """Sizes of a call by the kernel's names for them, from the inputs' shapes; those not known are left out.
+
+        Args:
+            shapes: Of the inputs that are there.
+            agree: Two shapes that name a size must agree; else the larger counts.
+
+        Raises:
+            PluginError: A shape is not what the operator takes.
+        """
+        self.check_count(len(shapes))
+        found = {"G": int(self.attributes["n_groups"])} if "n_groups" in self.attributes else {}
+        compound: list[tuple[str, str, int]] = []
+        for tensor, shape in zip(self.inputs, shapes, strict=True):
+            for axis, size in zip(tensor.axes_of(len(shape)), shape, strict=True):
+                if size < 0:
+                    continue
+                if not axis.isalpha():
+                    compound.append((tensor.name, axis, size))
+                elif agree and found.get(axis, size) != size:
+                    raise PluginError(f"{self.op_type}: {axis} of {tensor.name} is {size}: expected {found[axis]}")
+                else:
+                    found[axis] = max(size, found.get(axis, 0))
+        if agree:
+            self._check_related(found, compound)
+        return {self.op.sizes[symbol]: size for symbol, size in found.items()}
+
+    def _check_related(self, found: Mapping[str, int], compound: Sequence[tuple[str, str, int]]) -> None:
+        for name, axis, size in compound:
+            symbols = axis.removesuffix("-1").split("*")
+            if all(symbol in found for symbol in symbols):
+                expected = math.prod(found[symbol] for symbol in symbols) - axis.endswith("-1")
+                if size != expected:
+                    raise PluginError(f"{self.op_type}: {axis} of {name} is {size}: expected {expected}")
+        if found.get("H", 0) % found.get("G", 1):
+            raise PluginError(f"{self.op_type}: n_groups is {found['G']}: expected a divisor of the {found['H']} heads")
+
+
+def prepare_for_parser(model: Any) -> None:
+    """Make an ONNX model what the parser of every TensorRT turns into our plugins.
+
+    Function bodies of our operators go, as versions disagree on whether a body or a plugin wins. So do the empty names
+    of optional inputs, which 8.x follows through a null pointer and newer versions refuse; ``given_inputs`` says what
+    is left.
+
+    Args:
+        model: An ``onnx.ModelProto``, changed in place.
+    """
+    others = [function for function in model.functions if function.domain != DOMAIN]
+    del model.functions[:]
+    model.functions.extend(others)
+    for node in model.graph.node:
+        ours = node.domain == DOMAIN and node.op_type in OPS
+        if not ours or any(attribute.name == GIVEN_INPUTS for attribute in node.attribute):
+            continue
+        given = sum(1 << i for i, name in enumerate(node.input) if name)
+        node.attribute.add(name=GIVEN_INPUTS, i=given, type=2)  # AttributeProto.INT
+        names = [name for name in node.input if name]
+        del node.input[:]
+        node.input.extend(names)

@@ -1,0 +1,297 @@
+// MambaSsdScan: which kernel takes a call, and its workspace.
+//
+// One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer: ssd_prompt.cuh, on the tensor cores. What is
+// left, that is float32, older GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
+#include <algorithm>
+#include <climits>
+
+#include "ssd_prompt.cuh"
+#include "ssd_recurrent.cuh"
+#include "ssd_step.cuh"
+
+namespace mamba {
+namespace ssd {
+namespace {
+
+constexpr int64_t kMaxLength = 1 << 20;
+constexpr int kFewTokens = 4;  // up to here one after the other is faster than in chunks
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t heads_of(const MambaSsdScan& a) { return static_cast<int64_t>(a.batch) * a.heads; }
+
+bool is_valid(const MambaSsdScan& a) {
+    const bool sizes = a.batch > 0 && a.length > 0 && a.length <= kMaxLength && a.heads > 0 && a.head_dim > 0 &&
+                       a.state_size > 0 && a.state_size <= 256 && a.groups > 0 && a.heads % a.groups == 0;
+    return sizes && a.dtype >= MAMBA_FLOAT32 && a.dtype <= MAMBA_BFLOAT16 && a.state_dtype >= MAMBA_FLOAT32 &&
+           a.state_dtype <= MAMBA_BFLOAT16;
+}
+
+// How many segments the workspace has room for: the same on every GPU, for an engine may be built without one.
+int64_t max_segments(const MambaSsdScan& a) {
+    return std::max<int64_t>(1, std::min(ceil_div(a.length, kChunk), 512 / heads_of(a)));
+}
+
+int64_t floats_of_segment(const MambaSsdScan& a) {  // its states, a multiple of 64
+    return ceil_div(heads_of(a) * a.head_dim * a.state_size, 64) * 64;
+}
+
+struct Device {
+    int index = 0, multiprocessors = 0, major = 0, shared_bytes = 0;
+
+    cudaError_t read() {
+        cudaError_t error = cudaGetDevice(&index);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+        if (error == cudaSuccess) {
+            error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+        }
+        return error;
+    }
+};
+
+template <typename... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                   Parameters... arguments) {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    if (shared > 48 << 10) {
+        cudaError_t error =
+            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        if (error == cudaSuccess) {
+            error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+        }
+        if (error != cudaSuccess) return error;
+    }
+    void* pointers[] = {&arguments...};
+    return cudaLaunchKernel(function, grid, dim3(threads), pointers, shared, stream);
+}
+
+// --- one token
+
+Divisor make_divisor(int64_t divisor) {
+    Divisor by = {static_cast<uint32_t>(divisor), 1, 0};
+    while ((uint64_t{1} << by.shift) < static_cast<uint64_t>(divisor)) by.shift++;
+    by.factor = static_cast<uint32_t>((((uint64_t{1} << by.shift) - divisor) << 32) / divisor + 1);
+    return by;
+}
+
+template <typename T, typename S, int VEC, int LANES, int ITERS, int SETS>
+cudaError_t step(const MambaSsdScan& a, int warps, cudaStream_t stream) {
+    constexpr int kWarpRows = SETS * 32 / LANES;
+    const int64_t rows = heads_of(a) * a.head_dim, blocks = ceil_div(ceil_div(rows, kWarpRows), warps);
+    if (blocks > INT_MAX) return cudaErrorInvalidValue;
+    StepDivisors by;
+    by.small = rows <= INT_MAX;
+    by.warps = make_divisor(std::max(a.head_dim / kWarpRows, 1));
+    by.rows = make_divisor(a.head_dim);
+    by.heads = make_divisor(a.heads);
+    by.group = make_divisor(a.heads / a.groups);
+    const bool uniform = by.small && a.head_dim % kWarpRows == 0;
+    const auto kernel = uniform ? step_kernel<T, S, VEC, LANES, ITERS, SETS, true>
+                                : step_kernel<T, S, VEC, LANES, ITERS, SETS, false>;
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), 32 * warps, 0, stream, a, by);
+}
+
+// Many states: more of them a warp, and small blocks, whose ends leave no gaps. Few: as many warps as there are.
+template <typename T, typename S, int VEC, int LANES, int ITERS>
+cudaError_t step(const MambaSsdScan& a, cudaStream_t stream) {
+    const int64_t bytes = heads_of(a) * a.head_dim * a.state_size * static_cast<int64_t>(sizeof(S));
+    if (bytes >= 64 << 20) return step<T, S, VEC, LANES, ITERS, 4>(a, 2, stream);
+    return step<T, S, VEC, LANES, ITERS, 2>(a, 8, stream);
+}
+
+template <typename T, typename S>
+cudaError_t step(const MambaSsdScan& a, cudaStream_t stream) {
+    constexpr int kVec = 16 / sizeof(S);
+    const int N = a.state_size;
+    const bool aligned = is_aligned(a.ssm_state, 16) && is_aligned(a.ssm_state_out, 16) && is_aligned(a.B, 16) &&
+                         is_aligned(a.C, 16);
+    if (N % kVec == 0 && aligned) {
+        if (N <= 4 * kVec) return step<T, S, kVec, 4, 1>(a, stream);
+        if (N <= 8 * kVec) return step<T, S, kVec, 8, 1>(a, stream);
+        if (N <= 16 * kVec) return step<T, S, kVec, 16, 1>(a, stream);
+        if (N <= 32 * kVec) return step<T, S, kVec, 32, 1>(a, stream);
+        return step<T, S, kVec, 32, sizeof(S) == 4 ? 2 : 1>(a, stream);
+    }
+    if (N <= 32) return step<T, S, 1, 8, 4>(a, stream);
+    if (N <= 64) return step<T, S, 1, 16, 4>(a, stream);
+    if (N <= 128) return step<T, S, 1, 32, 4>(a, stream);
+    return step<T, S, 1, 32, 8>(a, stream);
+}
+
+// --- prompts
+
+// What a chunk of a kernel costs, roughly, as seen on Hopper.
+struct Costs {
+    double chunk_us;  // in a block alone on its multiprocessor
+    double state;     // the part of that for the states of segments alone
+    double turn;      // of each of several blocks on one multiprocessor: 1 where they follow one another
+};
+
+// Into how many segments: the fewer the less work, the more the fuller the GPU. Times in microseconds.
+Segments cut(const MambaSsdScan& a, int64_t blocks, int multiprocessors, const Costs& costs, void* workspace) {
+    const int64_t chunks = ceil_div(a.length, kChunk), room = workspace == nullptr ? 1 : max_segments(a);
+    const auto load = [&](int64_t n) {  // in turns of one block alone
+        const int64_t turns = ceil_div(n, multiprocessors);
+        return turns < 2 ? 1.0 : costs.turn * static_cast<double>(turns);
+    };
+    const double state_bytes = 16.0 * static_cast<double>(floats_of_segment(a));  // four times through memory
+    int64_t best = chunks;  // chunks of a segment
+    double least = static_cast<double>(chunks) * costs.chunk_us * load(blocks);
+    for (int64_t count = 2; count <= room; count++) {
+        const int64_t length = ceil_div(chunks, count);
+        if (ceil_div(chunks, length) != count) continue;
+        const double in_turns = load(blocks * count) + costs.state * load(blocks * (count - 1));
+        const double time = static_cast<double>(length) * costs.chunk_us * in_turns + 5.0 +
+                            static_cast<double>(count) * state_bytes / 3e6;
+        if (time < least) {
+            least = time;
+            best = length;
+        }
+    }
+    Segments segments;
+    segments.length = static_cast<int32_t>(best * kChunk);
+    segments.count = static_cast<int32_t>(ceil_div(chunks, best));
+    segments.states = static_cast<float*>(workspace);
+    segments.decays = segments.states;
+    if (segments.count > 1) segments.decays += segments.count * floats_of_segment(a);
+    return segments;
+}
+
+cudaError_t pass_states(const MambaSsdScan& a, const Segments& segments, cudaStream_t stream) {
+    const int64_t blocks = ceil_div(heads_of(a) * a.head_dim * a.state_size, 256);
+    if (blocks > INT_MAX) return cudaErrorInvalidValue;
+    return launch(pass_states_kernel, dim3(static_cast<unsigned>(blocks)), 256, 0, stream, a, segments);
+}
+
+template <typename Layout>
+struct Kernel {
+    void (*run)(MambaSsdScan, Segments, Layout);
+    int threads;
+    size_t shared;
+};
+
+// All kernels of a prompt: states of the segments, what each starts from, outputs.
+template <typename Layout>
+cudaError_t prompt(const MambaSsdScan& a, const Segments& segments, int64_t tiles, const Kernel<Layout>& states,
+                   const Kernel<Layout>& output, const Layout& layout, cudaStream_t stream) {
+    const int64_t blocks = heads_of(a) * tiles;
+    const int64_t row = std::max(static_cast<int64_t>(a.heads) * a.head_dim, static_cast<int64_t>(a.groups) * a.state_size);
+    if (blocks > INT_MAX || row > INT_MAX) return cudaErrorInvalidValue;
+    const unsigned width = static_cast<unsigned>(blocks), count = static_cast<unsigned>(segments.count);
+    if (count > 1) {
+        cudaError_t error =
+            launch(states.run, dim3(width, count - 1), states.threads, states.shared, stream, a, segments, layout);
+        if (error == cudaSuccess) error = pass_states(a, segments, stream);
+        if (error != cudaSuccess) return error;
+    }
+    return launch(output.run, dim3(width, count), output.threads, output.shared, stream, a, segments, layout);
+}
+
+template <typename T, int LANES>
+cudaError_t recurrent(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream) {
+    using Sizes = Recurrent<LANES>;
+    const int64_t tiles = ceil_div(a.head_dim, Sizes::kRows);
+    const Segments segments = cut(a, heads_of(a) * tiles, device.multiprocessors, {4.0, 0.6, 0.7}, workspace);
+    const auto kernel = [](auto run) { return Kernel<uint32_t>{run, 32 * Sizes::kWarps, Sizes::kSharedBytes}; };
+    return prompt(a, segments, tiles, kernel(recurrent_kernel<T, LANES, false>), kernel(recurrent_kernel<T, LANES, true>),
+                  static_cast<uint32_t>(tiles), stream);
+}
+
+template <typename T>
+cudaError_t recurrent(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream) {
+    if (a.state_size <= 32) return recurrent<T, 4>(a, device, workspace, stream);
+    if (a.state_size <= 64) return recurrent<T, 8>(a, device, workspace, stream);
+    if (a.state_size <= 128) return recurrent<T, 16>(a, device, workspace, stream);
+    return recurrent<T, 32>(a, device, workspace, stream);
+}
+
+// Whether code for the tensor cores is in the library, which may hold but PTX of an older architecture.
+bool has_code(const void* kernel) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 80;
+}
+
+// Sets done where the GPU can run it.
+template <typename T, int NT, bool ALIGNED>
+cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
+    using Shared = ChunkShared<NT, ALIGNED, true>;
+    using Warps = ChunkWarps<NT, ALIGNED, true>;
+    const auto states = chunk_kernel<T, NT, ALIGNED, false>, output = chunk_kernel<T, NT, ALIGNED, true>;
+    const size_t available = static_cast<size_t>(device.shared_bytes);
+    Layout layout;
+    layout.tiles = static_cast<uint32_t>(ceil_div(a.head_dim, Warps::kMaxChannels)) - 1;
+    do {  // tiles of equal width
+        layout.tiles++;
+        layout.channels = static_cast<int32_t>(ceil_div(ceil_div(a.head_dim, layout.tiles), 16) * 16);
+    } while (layout.channels > 16 && Shared::bytes(layout.channels, 2) > available);
+    layout.stages = 4;
+    while (layout.stages > 2 && Shared::bytes(layout.channels, layout.stages) > available) layout.stages--;
+    const size_t shared = Shared::bytes(layout.channels, layout.stages);
+    *done = device.major >= 8 && shared <= available && has_code(reinterpret_cast<const void*>(output));
+    if (!*done) return cudaSuccess;
+    // Of the counts tried this takes the fastest: 1 for H 128 and for B 8 H 24, 2 for H 64, 5 for H 24 (L 2048).
+    const Segments segments = cut(a, heads_of(a) * layout.tiles, device.multiprocessors, {1.9, 0.4, 1.0}, workspace);
+    const auto threads = [&](int warps) { return 32 * warps + 2 * layout.channels; };
+    const Kernel<Layout> states_kernel = {states, threads(ChunkWarps<NT, ALIGNED, false>::kChannels),
+                                          ChunkShared<NT, ALIGNED, false>::bytes(layout.channels, layout.stages)};
+    const Kernel<Layout> output_kernel = {output, threads(Warps::kChannels), shared};
+    return prompt(a, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
+}
+
+template <typename T, int NT>
+cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
+    const bool aligned = a.head_dim % 8 == 0 && a.state_size % 8 == 0 && is_aligned(a.x, 16) && is_aligned(a.y, 16) &&
+                         is_aligned(a.B, 16) && is_aligned(a.C, 16);
+    if (aligned) return chunked<T, NT, true>(a, device, workspace, stream, done);
+    return chunked<T, NT, false>(a, device, workspace, stream, done);
+}
+
+template <typename T>
+cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
+    if (a.length == 1) {
+        cudaError_t error = cudaErrorInvalidValue;
+        with_dtype(a.state_dtype, [&](auto s) { error = step<T, decltype(s)>(a, stream); });
+        return error;
+    }
+    Device device;
+    cudaError_t error = device.read();
+    if (error != cudaSuccess) return error;
+    if constexpr (sizeof(T) == 2) {
+        bool done = false;
+        if (a.length > kFewTokens) {
+            if (a.state_size <= 64) {
+                error = chunked<T, 64>(a, device, workspace, stream, &done);
+            } else if (a.state_size <= 128) {
+                error = chunked<T, 128>(a, device, workspace, stream, &done);
+            } else {
+                error = chunked<T, 256>(a, device, workspace, stream, &done);
+            }
+        }
+        if (done || error != cudaSuccess) return error;
+    }
+    return recurrent<T>(a, device, workspace, stream);
+}
+
+}  // namespace
+}  // namespace ssd
+}  // namespace mamba
+
+extern "C" size_t mamba_ssd_scan_workspace(const MambaSsdScan* call) {
+    using namespace mamba::ssd;
+    if (!is_valid(*call)) return 0;
+    const int64_t segments = max_segments(*call);
+    if (segments == 1) return 0;
+    const int64_t floats = segments * (floats_of_segment(*call) + heads_of(*call));
+    return static_cast<size_t>(ceil_div(4 * floats, 256) * 256);
+}
+
+extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream) {
+    using namespace mamba::ssd;
+    if (!is_valid(*call)) return cudaErrorInvalidValue;
+    cudaError_t error = cudaErrorInvalidValue;
+    mamba::with_dtype(call->dtype, [&](auto t) {
+        error = scan<decltype(t)>(*call, workspace, static_cast<cudaStream_t>(stream));
+    });
+    return error;
+}

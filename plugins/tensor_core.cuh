@@ -1,0 +1,106 @@
+// Warp-level matrix instructions and asynchronous copies of sm_80 and newer, one function an instruction.
+//
+// Fragments are those of mma.m16n8k16: A [16, 16] in four registers, B [16, 8] in two, C and D [16, 8] in four floats.
+// With r = lane / 4 and c = lane % 4 * 2, C and D hold (r, c), (r, c + 1), (r + 8, c), (r + 8, c + 1).
+#pragma once
+
+#include "common.cuh"
+
+namespace mamba {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 by 8 matrices of 16-bit values; lane 8 i + j gives the shared address of row j of matrix i.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void multiply_add<__nv_bfloat16>(
+    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes from global to shared memory; the first `bytes` are read, the others become zero.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+// This thread's copies since the last call become a group.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+
+// Until but kLeft groups of this thread are there; a barrier must follow for those of others.
+template <int kLeft>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(kLeft) : "memory");
+}
+
+// __syncthreads() for some warps of a block; that itself has number 0.
+__device__ __forceinline__ void barrier_wait(int number, int threads) {
+    asm volatile("barrier.sync.aligned %0, %1;" : : "r"(number), "r"(threads) : "memory");
+}
+
+// Two neighbours of a register; the first is in the low half.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+    __half2 v;
+    memcpy(&v, &pair, 4);
+    return __half22float2(v);
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float first, float second) {
+    const __half2 v = __floats2half2_rn(first, second);
+    uint32_t pair;
+    memcpy(&pair, &v, 4);
+    return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float first, float second) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(first, second);
+    uint32_t pair;
+    memcpy(&pair, &v, 4);
+    return pair;
+}
+
+#endif
+
+}  // namespace mamba

@@ -1,0 +1,119 @@
+"""Runs the GPU tests, also under compute-sanitizer, and writes what passed, failed and was skipped.
+
+    python samples/run_gpu_tests.py --write samples/results/gpu-tests.json
+    python samples/run_gpu_tests.py --engines /path/to/python --write samples/results/gpu-tests.json
+
+The second form runs the tests of TensorRT engines alone, by the Python that has TensorRT, and keeps the other rows. The
+sanitizer runs what is small: no replays of CUDA graphs and no test marked slow. It looks at our kernels alone, and
+PyTorch gives every tensor memory of its own, so that an access beside one is seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import measured
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+ENGINES = "test_tensorrt.py"
+NVRTC = "nvrtc"  # kernels compiled one by one, without the library
+SMALL = "not graph and not more_rows and not long_prompt"
+
+
+@click.command()
+@click.option("--sanitizer", default="compute-sanitizer", show_default=True, help="The program; empty to leave it out.")
+@click.option("--engines", metavar="PYTHON", help=f"Run {ENGINES} alone, by this Python.")
+@click.option("--at-once", default=4, show_default=True, help="Files that run side by side.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write the results as JSON, or into what is there.")
+def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) -> None:
+    """Run, print, and write the results; exit with 1 where a test failed."""
+    jobs: list[tuple[str, str, list[str]]] = []  # file, tool, the Python that runs it
+    if engines:
+        jobs.append((ENGINES, "", [engines]))
+    else:
+        files = [file for file in FILES if file != ENGINES]
+        jobs += [(file, tool, [sys.executable]) for tool in ("", NVRTC) for file in files]
+        if sanitizer and shutil.which(sanitizer):
+            for tool in ("memcheck", "racecheck"):
+                command = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--kernel-regex", "kns=mamba"]
+                jobs += [(file, tool, [*command, sys.executable]) for file in files]
+        elif sanitizer:
+            click.echo(f"no {sanitizer} here: left out")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
+        for row in pool.map(lambda job: _run(*job, Path(scratch)), jobs):
+            click.echo(f"{row['name']}: {row['value']} passed {row['note']}")
+            rows.append(row)
+    failed = any("FAILED" in row["note"] for row in rows)
+    if write is not None:
+        names = {row["name"] for row in rows}
+        versions = {}
+        if write.exists():
+            before = json.loads(write.read_text(encoding="utf-8"))
+            rows = [row for row in before["rows"] if row["name"] not in names] + rows
+            versions = before["versions"]
+        if engines:
+            versions["tensorrt"] = _output([engines, "-c", "import tensorrt; print(tensorrt.__version__)"])
+        packages = ("mamba-deploy", "numpy", "pytest", "torch")
+        gpu, driver = _query("name"), _query("driver_version")
+        measured.write(write, rows, machine="", packages=packages, versions=versions, gpu=gpu, driver=driver)
+    sys.exit(failed)
+
+
+def _run(file: str, tool: str, python: list[str], scratch: Path) -> dict[str, Any]:
+    """A row of the results for a file of tests; with a tool only what is small runs."""
+    report = scratch / f"{file}{tool}.xml"
+    command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", f"tests/gpu/{file}"]
+    environment = dict(os.environ)
+    if tool == NVRTC:
+        command += ["-m", "not slow"]
+        environment["MAMBA_DEPLOY_TEST_KERNELS"] = NVRTC
+    elif tool:
+        command += ["-m", "not slow", "-k", SMALL]
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    passed, bad, skipped = 0, 0, Counter[str]()
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            if (skip := case.find("skipped")) is not None:
+                skipped[skip.get("message", "")] += 1
+            elif case.find("failure") is not None or case.find("error") is not None:
+                bad += 1
+            else:
+                passed += 1
+    notes = [f"{count} skipped: {reason}" for reason, count in skipped.items()]
+    if done.returncode not in (0, 5) or bad:
+        summary = next((line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line), "")
+        notes.insert(0, f"FAILED: {bad} tests, exit {done.returncode}. {summary}")
+        click.echo(done.stdout[-4000:] + done.stderr[-2000:], err=True)
+    elif tool and tool != NVRTC:
+        notes.insert(0, "no errors")
+    name = f"{tool}/{file}" if tool else file
+    return {"name": name, "value": passed, "unit": "tests passed", "limit": None, "peers": {}, "note": "; ".join(notes)}
+
+
+def _query(what: str) -> str:
+    return _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The launches in Python against those of the compiled launchers, which are recorded: nvcc's host code runs over a
+stand-in for the CUDA runtime, so no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mamba_deploy.errors import PluginError
+from mamba_deploy.plugins import kernels, launches
+from mamba_deploy.plugins.build import SOURCES
+from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.toolchain import find_compiler
+
+pytestmark = pytest.mark.slow
+
+FILES = ("causal_conv1d.cu", "last_token.cu", "selective_scan.cu", "ssd_scan.cu")
+DEVICES = [Device(9, 0, 132, 232448), Device(8, 7, 16, 166912), Device(7, 5, 40, 65536), Device(12, 0, 170, 101376)]
+
+# What the objects of nvcc want of libcudart. A launch is told to `record`, which may look at its arguments.
+RUNTIME = r"""
+#include <cuda_runtime_api.h>
+#include <cxxabi.h>
+#include <cstdlib>
+#include <map>
+#include <string>
+namespace {
+std::map<const void*, std::string>& names() { static std::map<const void*, std::string> of; return of; }
+int attributes[3];  // compute capability, multiprocessors, shared memory
+void (*record)(const char*, const unsigned*, size_t, void**);
+struct { dim3 grid, block; size_t shared; cudaStream_t stream; } pushed;
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared) {
+    const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
+    record(names()[function].c_str(), sizes, shared, args);
+    return cudaSuccess;
+}
+}
+extern "C" {
+void set_recorder(decltype(record) given, const int* of_device) {
+    record = given;
+    for (int i = 0; i < 3; i++) attributes[i] = of_device[i];
+}
+void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+char __cudaInitModule(void**) { return 0; }
+void __cudaRegisterFunction(
+    void**, const char* host, char* device, const char*, int, void*, void*, void*, void*, int*) {
+    char* const text = abi::__cxa_demangle(device, nullptr, nullptr, nullptr);
+    names()[host] = text ? text : device;
+    std::free(text);
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
+    *kernel = (cudaKernel_t)host;
+    return cudaSuccess;
+}
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+    pushed = {grid, block, shared, stream};
+    return 0;
+}
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+    *grid = pushed.grid, *block = pushed.block, *shared = pushed.shared, *(cudaStream_t*)stream = pushed.stream;
+    return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+    return launch((const void*)kernel, grid, block, args, shared);
+}
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
+    return launch(function, grid, block, args, shared);
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* to, const void*) {
+    *to = {};
+    to->ptxVersion = to->binaryVersion = attributes[0];
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr which, int) {
+    switch (which) {
+        case cudaDevAttrComputeCapabilityMajor: *to = attributes[0] / 10; return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor: *to = attributes[0] % 10; return cudaSuccess;
+        case cudaDevAttrMultiProcessorCount: *to = attributes[1]; return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *to = attributes[2]; return cudaSuccess;
+        default: return cudaErrorInvalidValue;
+    }
+}
+}
+"""
+
+Recorder = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
+)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The launchers over the stand-in; device code is PTX that nobody optimised."""
+    try:
+        nvcc = str(find_compiler().path)
+    except PluginError as error:
+        pytest.skip(f"needs nvcc: {str(error).splitlines()[0]}")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("launchers")
+    (folder / "runtime.cpp").write_text(RUNTIME, encoding="utf-8")
+    architecture = ["-gencode=arch=compute_90,code=compute_90", "-Xcicc=-O0"]
+    common = [nvcc, "-std=c++17", *architecture, "-Xcompiler=-fPIC", f"-I{SOURCES}", "-c"]
+    processes = [
+        subprocess.Popen([*common, str(path), "-o", str(folder / f"{path.name}.o")])
+        for path in (*(SOURCES / file for file in FILES), folder / "runtime.cpp")
+    ]
+    assert [process.wait() for process in processes] == [0] * len(processes)
+    objects = [str(path) for path in sorted(folder.glob("*.o"))]
+    target = folder / "liblaunchers.so"
+    subprocess.run([nvcc, "-shared", "-cudart=none", "-o", str(target), *objects], check=True)
+    return ctypes.CDLL(str(target))
+
+
+# --- random calls ------------------------------------------------------------------------------------------------
+
+
+def _struct(op: str, draw: random.Random, sizes: dict[str, int]) -> Any:
+    """A call with addresses that nothing is at, now and then at odd ones."""
+    struct = kernels._OPS[op].struct
+    call = struct(**sizes, dtype=draw.randrange(3))
+    if hasattr(call, "state_dtype"):
+        call.state_dtype = draw.randrange(3)
+    for name, kind in struct._fields_:
+        if kind is ctypes.c_void_p and (name not in ("bias", "D", "z", "dt_bias") or draw.random() < 0.7):
+            setattr(
+                call, name, (draw.randrange(1, 1 << 30) << 8) + (draw.choice((2, 4, 8)) if draw.random() < 0.05 else 0)
+            )
+    for name in ("activation", "dt_softplus", "skip_per_channel"):
+        if hasattr(call, name):
+            setattr(call, name, draw.randrange(2))
+    if hasattr(call, "dt_max"):
+        call.dt_min, call.dt_max = draw.random(), 1.0 + draw.random()
+    return call
+
+
+def _size(draw: random.Random, published: tuple[int, ...], high: int) -> int:
+    """Half the time a size of a published model, or one beside it; else any, small ones as often as large."""
+    if draw.random() < 0.5:
+        return min(max(draw.choice(published) + draw.choice((0, 0, 0, 0, -1, 1, 4)), 1), high)
+    return int(high ** draw.random())
+
+
+def random_call(op: str, draw: random.Random) -> Any:
+    sizes = {"batch": _size(draw, (1, 8, 64, 256), 70_000), "length": _size(draw, (1, 1, 1, 512, 2048, 16384), 1 << 20)}
+    if op == "causal_conv1d":
+        sizes |= {"channels": _size(draw, (1536, 1792, 5120, 5376), 20_000), "width": draw.choice((4, 4, 2, 3, 5, 8))}
+    elif op == "selective_scan":
+        sizes |= {
+            "channels": _size(draw, (1536, 2048, 5120), 20_000),
+            "state_size": _size(draw, (16, 32, 64, 128), 256),
+        }
+    elif op == "ssd_scan":
+        sizes |= {"head_dim": _size(draw, (64, 80, 128), 256), "state_size": _size(draw, (64, 128), 256)}
+        sizes |= {"groups": draw.choice((1, 1, 2, 8))}
+        sizes["heads"] = sizes["groups"] * _size(draw, (24, 64, 80), 160)
+    else:
+        sizes |= {"width": _size(draw, (768, 2560), 20_000)}
+    return _struct(op, draw, sizes)
+
+
+def fits(op: str, call: Any) -> bool:
+    """Whether so many tokens could be in a GPU's memory: beyond, the launchers refuse and Python is never asked."""
+    return call.batch * call.length * max(getattr(call, name, 1) for name in ("channels", "width", "heads")) < 1 << 31
+
+
+# --- comparing ---------------------------------------------------------------------------------------------------
+
+
+def canonical(name: str) -> str:
+    """``mamba::conv::step_kernel<float, 4, 4>`` of a demangled signature, or of a name in Python."""
+    text = re.sub(r"^void ", "", name)
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0 and not text[i:].startswith("(anonymous"):
+            text = text[:i]
+            break
+    words = {"unsigned int": "uint32_t", "unsigned short": "uint16_t"}
+    for long, short in words.items():
+        text = text.replace(long, short)
+    return re.sub(r"\s+", "", text)
+
+
+def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: list[Launch]) -> list[Any]:
+    """What the compiled launcher does, with as many bytes of each argument as the plan in Python has."""
+    found: list[Any] = []
+
+    def note(name: bytes, sizes: Any, shared: int, arguments: Any) -> None:
+        like = planned[len(found)].arguments if len(found) < len(planned) else ()
+        values = [ctypes.string_at(arguments[i], ctypes.sizeof(a)) for i, a in enumerate(like)]
+        found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), shared, values))
+
+    recorder = Recorder(note)
+    attributes = (ctypes.c_int * 3)(device.major * 10 + device.minor, device.multiprocessors, device.shared_bytes)
+    library.set_recorder(recorder, attributes)
+    code = getattr(library, f"mamba_{op}")(ctypes.byref(call), ctypes.c_void_p(WORKSPACE), None)
+    assert code == 0
+    return found
+
+
+WORKSPACE = 1 << 44
+
+
+@pytest.mark.parametrize("op", list(kernels._OPS))
+def test_python_launches_what_the_compiled_launchers_do(library, op):
+    draw = random.Random(op)
+    plan: Callable[..., list[Launch]] = getattr(launches, op)
+    workspace = getattr(library, f"mamba_{op}_workspace")
+    workspace.restype = ctypes.c_size_t
+    kinds = set()
+    for _ in range(2000):
+        call, device = random_call(op, draw), draw.choice(DEVICES)
+        if not fits(op, call):
+            continue
+        planned = plan(call, WORKSPACE, device)
+        shown = {name: getattr(call, name) for name, _ in call._fields_}
+        wanted = [
+            (
+                canonical(p.kernel),
+                (*p.grid, 1, 1)[:3],
+                (*p.threads, 1, 1)[:3],
+                p.shared,
+                [bytes(a) for a in p.arguments],
+            )
+            for p in planned
+        ]
+        assert recorded(library, op, call, device, planned) == wanted, (shown, device)
+        assert launches.workspace_bytes(op, call) == workspace(ctypes.byref(call)), shown
+        kinds.update(p.kernel for p in planned)
+    assert len(kinds) > 2
+
+
+def test_files_of_the_kernels_are_there():
+    assert all((Path(SOURCES) / file).is_file() for file in FILES)

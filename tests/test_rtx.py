@@ -1,0 +1,219 @@
+"""TensorRT-RTX from PyPI takes the plugins, in C++ and in Python: both bundled checkpoints parse, and engines build,
+without a GPU. None can run here.
+
+Its wheels (the extra ``rtx``) are looked for in this Python, or in the one that MAMBA_DEPLOY_TEST_RTX_PYTHON names,
+which needs onnx and numpy too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_plugin_cpp import NO_HEADERS, VERSIONS, build_plugin, compile_library
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+PYTHON = os.environ.get("MAMBA_DEPLOY_TEST_RTX_PYTHON", sys.executable)
+V3 = [path for path in VERSIONS if not path.name.lstrip("v").startswith("8")]
+MODELS = ("tiny-mamba", "tiny-mamba2")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# Reads what to do as JSON, writes what came of it: a process of its own, as the parser aborts where the library path of
+# the process lacks TensorRT-RTX, and a registry is global.
+PROGRAM = """
+import ctypes, json, sys
+import onnx
+import tensorrt_rtx_bindings as trt
+from mamba_deploy.plugins import kernels, python_plugin, rules
+
+class Log(trt.ILogger):
+    def __init__(self):
+        trt.ILogger.__init__(self)
+        self.errors = []
+    def log(self, severity, message):
+        if severity <= trt.ILogger.Severity.ERROR:
+            self.errors.append(message)
+
+asked, log, answer = json.loads(sys.argv[1]), Log(), {}
+builder = trt.Builder(log)
+registry = trt.get_plugin_registry()
+if "load" in asked:
+    assert registry.load_library(asked["load"])
+if "open" in asked:
+    ctypes.CDLL(asked["open"])
+if "kernels" in asked:
+    python_plugin.register(trt, kernels.Kernels(asked["kernels"]) if asked["kernels"] else None)
+answer["plugins"] = sorted(c.name for c in registry.all_creators if c.name in rules.OPS)
+if "model" in asked:
+    model = onnx.load(asked["model"], load_external_data=False)
+    rules.prepare_for_parser(model)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "activation":
+                attribute.s = asked.get("activation", attribute.s.decode()).encode()
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    answer["parsed"] = parser.parse(model.SerializeToString(), asked["model"])
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    answer["layers"] = sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+    describe = lambda tensor: [tensor.name, tensor.dtype.name, list(tensor.shape)]
+    answer["inputs"] = [describe(network.get_input(i)) for i in range(network.num_inputs)]
+    answer["outputs"] = [describe(network.get_output(i)) for i in range(network.num_outputs)]
+    if answer["parsed"]:
+        config = builder.create_builder_config()
+        for batch, seq in asked["profiles"]:
+            profile = builder.create_optimization_profile()
+            for name, _, shape in answer["inputs"]:
+                at = lambda b, s: [{0: b, 1: s}[i] if size < 0 else size for i, size in enumerate(shape)]
+                profile.set_shape(name, at(1, 1), at(1, seq), at(batch, seq))
+            assert config.add_optimization_profile(profile) >= 0
+        engine = builder.build_serialized_network(network, config)
+        answer["engine"] = engine.nbytes if engine else 0
+answer["errors"] = log.errors
+print(json.dumps(answer))
+"""
+
+Ask = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    """``ask(load=..., model=..., profiles=...)``: what TensorRT-RTX answers, see PROGRAM."""
+    find = "import os, onnxruntime_ep_nv_tensorrt_rtx as e, tensorrt_rtx_bindings; print(os.path.dirname(e.__file__))"
+    found = subprocess.run([PYTHON, "-c", find], capture_output=True, text=True)
+    if found.returncode:
+        reason = found.stderr.strip().splitlines()[-1]
+        pytest.skip(f"no TensorRT-RTX in {PYTHON} ({reason}): pip install 'mamba-deploy[rtx]'")
+    packages = tmp_path_factory.mktemp("packages") / "mamba_deploy"
+    packages.mkdir()
+    for path in [*(ROOT / "mamba_deploy").glob("*.py"), ROOT / "exporters", ROOT / "plugins", ROOT / "runtime"]:
+        (packages / path.name).symlink_to(path)
+    environment = {**os.environ, "LD_LIBRARY_PATH": found.stdout.strip(), "PYTHONPATH": str(packages.parent)}
+
+    def run(**asked: Any) -> dict[str, Any]:
+        words = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
+        command = [PYTHON, "-c", PROGRAM, json.dumps(words)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=packages.parent, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """The folder with the libraries compiled against these headers, over a stand-in for the kernels."""
+    folders: dict[Path, Path] = {}
+
+    def of(include: Path) -> Path:
+        if include not in folders:
+            folders[include] = tmp_path_factory.mktemp("plugin")
+            compile_library(include, folders[include], "-DTRT_MAJOR_RTX=1")
+        return folders[include]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def newest(library: Callable[[Path], Path]) -> Path:
+    if not V3:
+        pytest.skip(NO_HEADERS)
+    return library(max(V3, key=lambda path: [int(part) for part in path.name.lstrip("v").split(".")]))
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
+    """``sample(name, dtype)``: the bundle of a bundled checkpoint."""
+    from mamba_deploy.exporters.export import export
+
+    bundles: dict[tuple[str, str], Any] = {}
+
+    def of(name: str, dtype: str) -> Any:
+        if (name, dtype) not in bundles:
+            out = tmp_path_factory.mktemp("bundle") / f"{name}-{dtype}"
+            bundles[name, dtype] = export(ROOT / "samples" / name, out, dtype=dtype)
+        return bundles[name, dtype]
+
+    return of
+
+
+PROFILES = [[4, 1], [8, 2048]]  # largest batch and seq of decode and prompt
+
+
+def check(answer: dict[str, Any], bundle: Any) -> None:
+    """It parsed, every operator of ours became a plugin, and an engine was built for what the contract says."""
+    assert answer["parsed"], answer["errors"]
+    assert answer["engine"] > 100_000, answer["errors"]
+    assert answer["layers"] == 2 * bundle.config.n_layer + 1
+    names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+    for found, specs in ((answer["inputs"], bundle.contract.inputs), (answer["outputs"], bundle.contract.outputs)):
+        expected = [[s.name, names[s.dtype], [-1 if isinstance(a, str) else a for a in s.axes]] for s in specs]
+        assert found == expected
+    unrelated = "CUDA driver version is insufficient"  # there is no GPU
+    assert [error for error in answer["errors"] if unrelated not in error] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_engines_build_with_the_cpp_plugins(ask, newest, sample, model, dtype):
+    bundle = sample(model, dtype)
+    answer = ask(load=newest / "libmamba_plugin.so", model=bundle.path / "model.onnx", profiles=PROFILES)
+    check(answer, bundle)
+
+
+@pytest.mark.parametrize("include", V3, ids=lambda path: path.name)
+def test_a_library_of_any_headers_loads(ask, library, sample, include):
+    """The interfaces of plugins are the same from 10.0 on."""
+    bundle = sample("tiny-mamba2", "float32")
+    load = library(include) / "libmamba_plugin.so"
+    check(ask(load=load, model=bundle.path / "model.onnx", profiles=PROFILES), bundle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_engines_build_with_the_python_plugins(ask, sample, model, dtype):
+    """With no library and no header: only what pip brings."""
+    bundle = sample(model, dtype)
+    check(ask(kernels="", model=bundle.path / "model.onnx", profiles=PROFILES), bundle)
+
+
+@pytest.mark.parametrize("interface", ["load", "kernels"])
+@pytest.mark.parametrize("kind", ["mamba-untied-no-conv-bias", "mamba2-no-conv-bias"])
+def test_optional_inputs_may_be_missing(ask, newest, bundle, kind, interface):
+    exported = bundle(kind).bundle
+    path = {"load": newest / "libmamba_plugin.so", "kernels": newest / "libstub.so"}[interface]
+    check(ask(model=exported.path / "model.onnx", profiles=PROFILES, **{interface: path}), exported)
+
+
+@pytest.mark.parametrize(("interface", "file"), [("load", "libmamba_plugin.so"), ("kernels", "libstub.so")])
+def test_an_attribute_that_is_wrong_fails_the_parser_with_our_words(ask, newest, sample, interface, file):
+    path = sample("tiny-mamba", "float32").path / "model.onnx"
+    answer = ask(model=path, activation="gelu", **{interface: newest / file})
+    assert not answer["parsed"]
+    said = " ".join(answer["errors"]) if interface == "load" else answer["stderr"]  # Python's go past the log
+    assert "MambaCausalConv1d: activation is 'gelu': expected 'silu' or 'none'" in said
+
+
+def test_the_registering_library_registers_on_opening(ask, newest):
+    """With the headers of a TensorRT whose registry is that of this TensorRT-RTX; 10's is another and would crash."""
+    plugins = ["MambaCausalConv1d", "MambaLastToken", "MambaSelectiveScan", "MambaSsdScan"]
+    assert ask(open=newest / "libmamba_plugin_register.so")["plugins"] == plugins
+    assert ask()["plugins"] == []
+
+
+def test_engines_build_over_the_real_kernels(ask, sample, request, monkeypatch):
+    library = build_plugin(request, monkeypatch)  # which exports the kernels as well
+    for model in MODELS:
+        bundle = sample(model, "float16")
+        for interface in ("load", "kernels"):
+            check(ask(model=bundle.path / "model.onnx", profiles=PROFILES, **{interface: library}), bundle)
