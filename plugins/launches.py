@@ -272,7 +272,8 @@ def _ssd_workspace(call: Any) -> int:
 
 
 def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
-    if _BYTES[call.dtype] == 2 and call.length > 4 and device.major >= 8:
+    aligned = call.head_dim % 8 == 0 and call.state_size % 8 == 0 and _aligned(call, "x y B C", 16)
+    if _BYTES[call.dtype] == 2 and call.length > 4 and aligned and device.major >= 8:
         chunked = _ssd_chunked(call, workspace, device)
         if chunked:
             return chunked
@@ -292,13 +293,11 @@ def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
 
 def _ssd_chunked(call: Any, workspace: int, device: Device) -> list[Launch]:
     """On the tensor cores; none where a block's shared memory does not suffice."""
-    aligned = call.head_dim % 8 == 0 and call.state_size % 8 == 0 and _aligned(call, "x y B C", 16)
     nt = next(nt for nt in (64, 128, 256) if call.state_size <= nt)
-    load = 3 if not aligned and nt <= 128 else 2 if nt <= 128 else 1
-    most = 32 if nt > 128 else 80 if aligned else 64
+    load, most = (1, 32) if nt > 128 else (2, 80)
 
     def shared(channels: int, stages: int, output: bool) -> int:
-        stage = (2 if output else 1) * _CHUNK * (nt if aligned else nt + 8) + _CHUNK * (channels + 8)
+        stage = (2 if output else 1) * _CHUNK * nt + _CHUNK * (channels + 8)
         return stages * (1040 + 2 * stage) + (2 * 5376 if output else 0)
 
     tiles = _ceil(call.head_dim, most) - 1
@@ -315,7 +314,7 @@ def _ssd_chunked(call: Any, workspace: int, device: Device) -> list[Launch]:
     segments = _segments(call, tiles, device, (1.9, 0.4, 1.0), workspace)
 
     def kernel(output: bool) -> tuple[str, str, int, int]:
-        name = _kernel("ssd", "chunk_kernel", _TYPES[call.dtype], nt, aligned, output)
+        name = _kernel("ssd", "chunk_kernel", _TYPES[call.dtype], nt, output)
         threads = 32 * ((4 if output else 0) + 1 + load) + 2 * channels
         return "ssd_prompt.cuh", name, threads, shared(channels, stages, output)
 

@@ -32,6 +32,7 @@ _HEADERS = {
 }
 _OPTIONS = ("-std=c++17", "-default-device", "-DMAMBA_KERNELS_ONLY")
 _STATIC_SHARED_LIMIT = 48 << 10
+_allowed: dict[int, int] = {}  # bytes of dynamic shared memory by function: setting a smaller number would lower it
 
 
 class Launch(NamedTuple):
@@ -109,15 +110,15 @@ def launch(launches: list[Launch], stream: int) -> None:
         )
 
 
-@cache
 def _function(context: int, source: str, kernel: str, shared: int, architecture: int) -> Any:
-    """Of a context, and allowed so much dynamic shared memory."""
+    """Of a context, allowed so much dynamic shared memory, or more."""
     driver, _ = _bindings()
     function = _loaded(context, source, kernel, architecture)
-    if shared > _STATIC_SHARED_LIMIT:
+    if shared > _allowed.get(int(function), _STATIC_SHARED_LIMIT):
         of = driver.CUfunction_attribute
         _driver_call(driver.cuFuncSetAttribute(function, of.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
         _driver_call(driver.cuFuncSetAttribute(function, of.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))
+        _allowed[int(function)] = shared
     return function
 
 

@@ -124,7 +124,10 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            fields = [trt.PluginField(name, *_field(trt, value)) for name, value in self.node.attributes.items()]
+            self.serialized = {
+                name: _field(trt, value) for name, value in self.node.attributes.items()
+            }  # fields only point
+            fields = [trt.PluginField(name, *value) for name, value in self.serialized.items()]
             return trt.PluginFieldCollection(fields)
 
         def enqueue(
@@ -166,9 +169,9 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
             self.plugin_version = VERSION
             self.plugin_namespace = ""
             names = (*OPS[op_type].attributes, GIVEN_INPUTS)
-            empty = np.array([], dtype=np.int32)
+            self.empty = np.array([], dtype=np.int32)
             self.field_names = trt.PluginFieldCollection(
-                [trt.PluginField(name, empty, trt.PluginFieldType.UNKNOWN) for name in names]
+                [trt.PluginField(name, self.empty, trt.PluginFieldType.UNKNOWN) for name in names]
             )
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:

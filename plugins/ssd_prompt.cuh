@@ -1,4 +1,4 @@
-// MambaSsdScan for prompts on the tensor cores: 16-bit activations, sm_80 and newer, any P and any N.
+// MambaSsdScan for prompts on the tensor cores: 16-bit activations, P and N multiples of 8, sm_80 and newer.
 //
 // The chunked state-space dual form of Dao and Gu 2024, section 6, in one kernel that walks over the chunks of a segment:
 // the state never leaves the registers, so device memory sees x, B, C and dt once and y once. A block has a head, or some
@@ -15,7 +15,7 @@
 // a step that forgets everything leaves few digits of their running sum: the decay between two tokens after k such steps
 // of a chunk is off by k 2^-18 at most.
 //
-// H200, H 128, P 64, N 128, bf16, B 1: 71 us at L 2048. A chunk takes the channels' warps some 2900
+// H200, H 128, P 64, N 128, bf16, B 1: 71 us at L 2048, 500 us at L 16384. A chunk takes the channels' warps some 2900
 // cycles, in which shared memory moves 2400 times 128 bytes; the matrix units are busy a quarter of the time.
 #pragma once
 
@@ -26,7 +26,7 @@ namespace mamba {
 namespace ssd {
 
 constexpr int kChunk = 64;
-enum { kBarrierAll = 0, kBarrierMakers = 1, kBarrierLoaders = 2 };
+enum { kBarrierAll = 0, kBarrierMakers = 1 };
 
 struct ChunkSteps {
     float sums[kChunk];        // of log2 of the decays up to and with a token
@@ -52,32 +52,28 @@ struct Layout {
 
 // Warps of a block by what they do, in this order: S, the steps, loading, and then 16 channels each. Up to 12 warps there
 // are 168 registers a thread.
-template <int NT, bool ALIGNED, bool OUTPUT>
+template <int NT, bool OUTPUT>
 struct ChunkWarps {
-    static constexpr int kSteps = OUTPUT ? 4 : 0, kLoad = kSteps + 1, kLoaders = NT > 128 ? 1 : ALIGNED ? 2 : 3;
+    static constexpr int kSteps = OUTPUT ? 4 : 0, kLoad = kSteps + 1, kLoaders = NT > 128 ? 1 : 2;
     static constexpr int kChannels = kLoad + kLoaders;
-    static constexpr int kMaxChannels = NT > 128 ? 32 : ALIGNED ? 80 : 64;
+    static constexpr int kMaxChannels = NT > 128 ? 32 : 80;
     static constexpr int kMax = kChannels + kMaxChannels / 16;
 };
 
-// Rows of B and C in shared memory. ldmatrix and the copies meet no bank conflicts where units of 16 bytes change places
-// within a row; rows that come at any address are padded by one unit, where only the copies have conflicts.
-template <int NT, bool ALIGNED>
+// Rows of B and C in shared memory. Units of 16 bytes change places within a row, so that neither ldmatrix nor the copies
+// meet bank conflicts.
+template <int NT>
 struct GroupRows {
-    static constexpr int kStride = ALIGNED ? NT : NT + 8, kSize = kChunk * kStride;
-    static __device__ __forceinline__ int at(int row, int col) {
-        return row * kStride + (ALIGNED ? col ^ row % 8 * 8 : col);
-    }
+    static constexpr int kSize = kChunk * NT;
+    static __device__ __forceinline__ int at(int row, int col) { return row * NT + (col ^ row % 8 * 8); }
     // The shared address `units` of 16 bytes to the right of a column that is not among their bits.
-    static __device__ __forceinline__ uint32_t right_of(uint32_t address, int units) {
-        return ALIGNED ? address ^ units * 16 : address + units * 16;
-    }
-    static __device__ __forceinline__ uint32_t below(uint32_t address, int rows) { return address + rows * kStride * 2; }
+    static __device__ __forceinline__ uint32_t right_of(uint32_t address, int units) { return address ^ units * 16; }
+    static __device__ __forceinline__ uint32_t below(uint32_t address, int rows) { return address + rows * NT * 2; }
 };
 
-template <int NT, bool ALIGNED, bool OUTPUT>
+template <int NT, bool OUTPUT>
 struct ChunkShared {
-    static constexpr int kGroup = GroupRows<NT, ALIGNED>::kSize;
+    static constexpr int kGroup = GroupRows<NT>::kSize;
     static __host__ __device__ constexpr int row_x(int channels) { return channels + 8; }
     static __host__ __device__ constexpr int stage(int channels) {
         return (OUTPUT ? 2 : 1) * kGroup + kChunk * row_x(channels);
@@ -109,54 +105,20 @@ __device__ __forceinline__ int exponent_of(float v, int low, int high) {
 
 // --- loading
 
-// Where a row begins in the 16 bytes it begins in.
-template <typename T>
-__device__ __forceinline__ int skew_of(const T* row) { return static_cast<int>(reinterpret_cast<uintptr_t>(row) / 2 % 8); }
-
-// 64 rows of `width` values, zero where rows or columns end; LANES threads read a row together. Rows that begin anywhere
-// come from the 16 bytes they begin in: align_rows() must follow. at(row, col) is a place in the tile.
-template <int THREADS, int LANES, bool ALIGNED, typename T, typename At>
+// 64 rows of `width` values, zero where rows or columns end; LANES threads read a row together. at(row, col) is a place in
+// the tile.
+template <int THREADS, int LANES, typename T, typename At>
 __device__ __forceinline__ void load_tile(
     T* to, At&& at, const T* from, int row, int rows, int cols, int width, int thread) {
     thread = not_ahead(thread);
-    for (int c = thread % LANES * 8; c < (ALIGNED ? width : width + 8); c += LANES * 8) {
+    for (int c = thread % LANES * 8; c < width; c += LANES * 8) {
         const T* source = from + static_cast<int64_t>(thread / LANES) * row + c;
 #pragma unroll 4
-        for (int i = 0; i < (kChunk * LANES + THREADS - 1) / THREADS; i++) {
+        for (int i = 0; i < kChunk * LANES / THREADS; i++) {
             const int r = thread / LANES + i * (THREADS / LANES);
-            if (kChunk * LANES % THREADS != 0 && r >= kChunk) break;
-            const int skew = ALIGNED ? 0 : skew_of(source);
-            const int count = r < rows ? cols + skew - c : 0;
-            copy_async(to + at(r, c), source - skew, ALIGNED ? (count > 0 ? 16 : 0) : min(max(2 * count, 0), 16));
+            const int count = r < rows ? cols - c : 0;
+            copy_async(to + at(r, c), source, count > 0 ? 16 : 0);
             source += static_cast<int64_t>(THREADS / LANES) * row;
-        }
-    }
-}
-
-// Afterwards, when they are there, by the warps that copied them.
-template <int WARPS, int MAX, typename T>
-__device__ __forceinline__ void align_rows(
-    T* tile, int stride, const T* from, int row, int width, int warp, int lane) {
-    constexpr int kRows = 4, kWords = (MAX + 63) / 64;  // rows at once, words of a lane
-    for (int first = warp * kRows; first < kChunk; first += WARPS * kRows) {
-        uint32_t v[kRows][kWords];
-#pragma unroll
-        for (int r = 0; r < kRows; r++) {
-            const int skew = skew_of(from + static_cast<int64_t>(first + r) * row);
-            const uint32_t* words = reinterpret_cast<const uint32_t*>(tile + (first + r) * stride) + skew / 2 + lane;
-#pragma unroll
-            for (int i = 0; i < kWords; i++) {
-                if (64 * i + 2 * lane < width) v[r][i] = __funnelshift_r(words[32 * i], words[32 * i + 1], skew % 2 * 16);
-            }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int r = 0; r < kRows; r++) {
-            uint32_t* words = reinterpret_cast<uint32_t*>(tile + (first + r) * stride) + lane;
-#pragma unroll
-            for (int i = 0; i < kWords; i++) {
-                if (64 * i + 2 * lane < width) words[32 * i] = v[r][i];
-            }
         }
     }
 }
@@ -213,10 +175,10 @@ __device__ __forceinline__ void prepare_steps(
 
 // --- S: a warp has 16 rows
 
-template <typename T, int NT, bool ALIGNED>
+template <typename T, int NT>
 __device__ __forceinline__ void make_scores(
     const T* C, const T* B, const ChunkSteps& steps, ChunkScores& to, int tile, int lane) {
-    using Rows = GroupRows<NT, ALIGNED>;
+    using Rows = GroupRows<NT>;
     const uint32_t c_row = shared_address(C + Rows::at(tile * 16 + lane % 16, lane / 16 * 8));
     const uint32_t b_row = shared_address(B + Rows::at(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8));
     const int t = tile * 16 + lane / 4;
@@ -281,9 +243,9 @@ __device__ __forceinline__ void make_scores(
 
 // --- 16 channels, by a warp
 
-template <typename T, int NT, bool ALIGNED>
+template <typename T, int NT>
 struct Channels {
-    using Rows = GroupRows<NT, ALIGNED>;
+    using Rows = GroupRows<NT>;
     float h[NT / 8][4];  // fragments [16 channels, 8 of n]
     uint32_t x[4][4];    // of a chunk: channels 0-7 and 8-15 of tokens 0-7, then of tokens 8-15, of each 16
     int lane;
@@ -411,26 +373,11 @@ struct Channels {
                 }
                 T* const to = y + static_cast<int64_t>(token) * row;
                 const int left_cols = token < rows ? cols : 0;
-                if constexpr (ALIGNED) {  // neighbouring lanes swap, so that each has four values of one tile
-                    const int odd = lane % 2, p = odd * 8 + c / 4 * 4;
-                    const uint32_t got = __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1);
-                    const uint2 four = odd ? make_uint2(got, pair[1]) : make_uint2(pair[0], got);
-                    if (p < left_cols) *reinterpret_cast<uint2*>(to + p) = four;
-                } else {
-                    const bool words = (reinterpret_cast<uintptr_t>(to) / 2 + cols) % 2 == 0 && cols % 2 == 0;
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        const int p = j * 8 + c;
-                        T two[2];
-                        memcpy(two, &pair[j], 4);
-                        if (words) {
-                            if (p < left_cols) *reinterpret_cast<uint32_t*>(to + p) = pair[j];
-                        } else {
-                            if (p < left_cols) to[p] = two[0];
-                            if (p + 1 < left_cols) to[p + 1] = two[1];
-                        }
-                    }
-                }
+                // Neighbouring lanes swap, so that each has four values of one tile.
+                const int odd = lane % 2, p = odd * 8 + c / 4 * 4;
+                const uint32_t got = __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1);
+                const uint2 four = odd ? make_uint2(got, pair[1]) : make_uint2(pair[0], got);
+                if (p < left_cols) *reinterpret_cast<uint2*>(to + p) = four;
             }
         }
     }
@@ -439,14 +386,13 @@ struct Channels {
 #endif
 
 // OUTPUT: y and the state of the last token; else what a segment adds to a state of zero.
-// ALIGNED: rows of x, y, B and C of a head begin at multiples of 16 bytes.
-template <typename T, int NT, bool ALIGNED, bool OUTPUT>
-__global__ void __launch_bounds__(32 * ChunkWarps<NT, ALIGNED, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : 2)
+template <typename T, int NT, bool OUTPUT>
+__global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : 2)
     chunk_kernel(const MambaSsdScan a, const Segments segments, const Layout layout) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    using Warps = ChunkWarps<NT, ALIGNED, OUTPUT>;
-    using Shared = ChunkShared<NT, ALIGNED, OUTPUT>;
-    using Rows = GroupRows<NT, ALIGNED>;
+    using Warps = ChunkWarps<NT, OUTPUT>;
+    using Shared = ChunkShared<NT, OUTPUT>;
+    using Rows = GroupRows<NT>;
     constexpr bool kScaled = IsHalf<T>::value;
     const int PT = layout.channels, row_x = Shared::row_x(PT), stages = layout.stages;
     const int threads = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x) % 32;
@@ -498,7 +444,7 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, ALIGNED, OUTPUT>::kMax, OU
             if (chunk >= 0 && chunk < chunks) {
                 const T *const C = C_of(stage), *const B = B_of(stage);
                 ChunkScores& to = scores[chunk % 2];
-                make_scores<T, NT, ALIGNED>(C, B, steps[stage], to, warp, not_ahead(lane));
+                make_scores<T, NT>(C, B, steps[stage], to, warp, not_ahead(lane));
                 next(stage);
             }
             barrier_wait(kBarrierAll, threads);
@@ -535,28 +481,18 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, ALIGNED, OUTPUT>::kMax, OU
         const T* const B = static_cast<const T*>(a.B) + group_offset;
         const T* const C = static_cast<const T*>(a.C) + group_offset;
         const auto load_group = [&](T* to, const T* from, int chunk) {
-            load_tile<kThreads, NT / 8 < 32 ? NT / 8 : 32, ALIGNED>(
+            load_tile<kThreads, NT / 8 < 32 ? NT / 8 : 32>(
                 to, [](int row, int col) { return Rows::at(row, col); },
                 from + static_cast<int64_t>(chunk) * kChunk * group_row, group_row, rows_of(chunk), N, NT, thread);
         };
         const auto load = [&](int chunk, int stage) {
             load_group(B_of(stage), B, chunk);
             if (OUTPUT) load_group(C_of(stage), C, chunk);
-            load_tile<kThreads, 8, ALIGNED>(
+            load_tile<kThreads, 8>(
                 x_of(stage), [&](int row, int col) { return row * row_x + col; },
                 x + static_cast<int64_t>(chunk) * kChunk * x_row, x_row, rows_of(chunk), P - p0, PT, thread);
         };
-        const auto align = [&](int chunk, int stage) {
-            const int64_t group = static_cast<int64_t>(chunk) * kChunk * group_row;
-            barrier_wait(kBarrierLoaders, kThreads);
-            align_rows<Warps::kLoaders, NT>(B_of(stage), Rows::kStride, B + group, group_row, NT, thread / 32, lane);
-            if (OUTPUT) {
-                align_rows<Warps::kLoaders, NT>(C_of(stage), Rows::kStride, C + group, group_row, NT, thread / 32, lane);
-            }
-            align_rows<Warps::kLoaders, Warps::kMaxChannels>(
-                x_of(stage), row_x, x + static_cast<int64_t>(chunk) * kChunk * x_row, x_row, PT, thread / 32, lane);
-        };
-        for (int i = 0, to = 0, done = 0; i < turns; i++) {
+        for (int i = 0, to = 0; i < turns; i++) {
             if (i < chunks) {
                 load(i, to);
                 next(to);
@@ -569,11 +505,6 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, ALIGNED, OUTPUT>::kMax, OU
             } else {
                 copy_async_wait<2>();
             }
-            const int there = i - max(ahead - 1, 0);
-            if (!ALIGNED && there >= 0 && there < chunks) {
-                align(there, done);
-                next(done);
-            }
             makers_meet();
             barrier_wait(kBarrierAll, threads);
         }
@@ -584,7 +515,7 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, ALIGNED, OUTPUT>::kMax, OU
     const int cols = P - p0 - own;
     const bool whole = segments.count == 1;
     const auto state_of = [&](int s) { return segments.states + static_cast<int64_t>(s) * a.batch * a.heads * P * N; };
-    Channels<T, NT, ALIGNED> state;
+    Channels<T, NT> state;
     state.lane = lane;
     state.each([&](float& v, int, int) { v = 0.0f; });
     float2 skip[2];

@@ -1,7 +1,8 @@
 // MambaSsdScan: which kernel takes a call, and its workspace.
 //
-// One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer: ssd_prompt.cuh, on the tensor cores. What is
-// left, that is float32, older GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
+// One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
+// model: ssd_prompt.cuh, on the tensor cores. What is left, that is other sizes, float32, older GPUs, a few tokens, and
+// tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
 #include <algorithm>
 #include <climits>
 
@@ -213,11 +214,11 @@ bool has_code(const void* kernel) {
 }
 
 // Sets done where the GPU can run it.
-template <typename T, int NT, bool ALIGNED>
+template <typename T, int NT>
 cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
-    using Shared = ChunkShared<NT, ALIGNED, true>;
-    using Warps = ChunkWarps<NT, ALIGNED, true>;
-    const auto states = chunk_kernel<T, NT, ALIGNED, false>, output = chunk_kernel<T, NT, ALIGNED, true>;
+    using Shared = ChunkShared<NT, true>;
+    using Warps = ChunkWarps<NT, true>;
+    const auto states = chunk_kernel<T, NT, false>, output = chunk_kernel<T, NT, true>;
     const size_t available = static_cast<size_t>(device.shared_bytes);
     Layout layout;
     layout.tiles = static_cast<uint32_t>(ceil_div(a.head_dim, Warps::kMaxChannels)) - 1;
@@ -233,18 +234,16 @@ cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace
     // Of the counts tried this takes the fastest: 1 for H 128 and for B 8 H 24, 2 for H 64, 5 for H 24 (L 2048).
     const Segments segments = cut(a, heads_of(a) * layout.tiles, device.multiprocessors, {1.9, 0.4, 1.0}, workspace);
     const auto threads = [&](int warps) { return 32 * warps + 2 * layout.channels; };
-    const Kernel<Layout> states_kernel = {states, threads(ChunkWarps<NT, ALIGNED, false>::kChannels),
-                                          ChunkShared<NT, ALIGNED, false>::bytes(layout.channels, layout.stages)};
+    const Kernel<Layout> states_kernel = {states, threads(ChunkWarps<NT, false>::kChannels),
+                                          ChunkShared<NT, false>::bytes(layout.channels, layout.stages)};
     const Kernel<Layout> output_kernel = {output, threads(Warps::kChannels), shared};
     return prompt(a, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
 }
 
-template <typename T, int NT>
-cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
-    const bool aligned = a.head_dim % 8 == 0 && a.state_size % 8 == 0 && is_aligned(a.x, 16) && is_aligned(a.y, 16) &&
-                         is_aligned(a.B, 16) && is_aligned(a.C, 16);
-    if (aligned) return chunked<T, NT, true>(a, device, workspace, stream, done);
-    return chunked<T, NT, false>(a, device, workspace, stream, done);
+// Rows of x, y, B and C of a head begin at multiples of 16 bytes.
+bool is_aligned(const MambaSsdScan& a) {
+    return a.head_dim % 8 == 0 && a.state_size % 8 == 0 && mamba::is_aligned(a.x, 16) && mamba::is_aligned(a.y, 16) &&
+           mamba::is_aligned(a.B, 16) && mamba::is_aligned(a.C, 16);
 }
 
 template <typename T>
@@ -259,7 +258,7 @@ cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
         bool done = false;
-        if (a.length > kFewTokens) {
+        if (a.length > kFewTokens && is_aligned(a)) {
             if (a.state_size <= 64) {
                 error = chunked<T, 64>(a, device, workspace, stream, &done);
             } else if (a.state_size <= 128) {

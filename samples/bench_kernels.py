@@ -82,13 +82,13 @@ def main(
         rows.append(row)
         others = ", ".join(f"{name} {time:.2f} ({time / ours:.2f}x)" for name, time in times.items())
         click.echo(f"{case.name}: {ours:.2f} us, {ours / row['limit']:.2f}x the limit {row['limit']:.2f}; {others}")
-    if write is not None:
-        versions = {"cuda": str(torch.version.cuda), **peers.versions}
-        machine = f"copy {bandwidth / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s, {clock / 1e9:.2f} GHz"
-        measured.write(
-            write, rows, machine=machine, packages=("mamba-deploy", "torch", "triton"), versions=versions, gpu=gpu.name,
-            driver=_driver(),
-        )  # fmt: skip
+        if write is not None:  # after every row: what was measured stays if the run is broken off
+            versions = {"cuda": str(torch.version.cuda), **peers.versions}
+            machine = f"copy {bandwidth / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s, {clock / 1e9:.2f} GHz"
+            measured.write(
+                write, rows, machine=machine, packages=("mamba-deploy", "torch", "triton"), versions=versions,
+                gpu=gpu.name, driver=_driver(),
+            )  # fmt: skip
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import kernels, launches
+from mamba_deploy.plugins import kernels, launches, nvrtc
 from mamba_deploy.plugins.build import SOURCES
 from mamba_deploy.plugins.nvrtc import Device, Launch
 from mamba_deploy.plugins.toolchain import find_compiler
@@ -247,3 +248,89 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
 
 def test_files_of_the_kernels_are_there():
     assert all((Path(SOURCES) / file).is_file() for file in FILES)
+
+
+# --- compiling and launching without the library -----------------------------------------------------------------
+
+
+def fake_driver(modules: list[bytes]) -> SimpleNamespace:
+    """Of cuda.bindings.driver what nvrtc.launch calls; more shared memory than a function is allowed fails, as in CUDA."""
+    allowed: dict[int, int] = {}
+
+    def load(code: bytes) -> tuple[int, int]:
+        modules.append(code)
+        return 0, len(modules)
+
+    def set_attribute(function: int, attribute: str, value: int) -> tuple[int]:
+        if attribute == "shared":
+            allowed[function] = value
+        return (0,)
+
+    def run(function: int, *arguments: Any) -> tuple[int]:
+        return (0 if arguments[6] <= allowed.get(function, 48 << 10) else 1,)
+
+    return SimpleNamespace(
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        CUfunction_attribute=SimpleNamespace(
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared",
+            CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT="carveout",
+        ),
+        cuCtxGetCurrent=lambda: (0, 1),
+        cuModuleLoadData=load,
+        cuModuleGetFunction=lambda module, name: (0, 1000 + module),
+        cuFuncSetAttribute=set_attribute,
+        cuLaunchKernel=run,
+    )
+
+
+def test_a_launch_with_less_shared_memory_does_not_spoil_one_with_more(monkeypatch):
+    modules: list[bytes] = []
+    driver = fake_driver(modules)
+    monkeypatch.setattr(nvrtc, "_bindings", lambda: (driver, None))
+    monkeypatch.setattr(nvrtc, "current_device", lambda: DEVICES[0])
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda *of: nvrtc.Program(b"name", repr(of).encode()))
+    monkeypatch.setattr(nvrtc, "_allowed", {})
+    nvrtc._loaded.cache_clear()
+    for shared in (100_000, 60_000, 100_000, 0, 200_000, 100_000):
+        nvrtc.launch([Launch("a.cu", "mamba::kernel", (1,), (32,), shared, (ctypes.c_int32(0),))], 0)
+    nvrtc._loaded.cache_clear()
+    assert len(modules) == 1
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC with an empty cache."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings: pip install 'mamba-deploy[nvrtc]'")
+    monkeypatch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 87, 90, 100, 120])
+def test_what_is_launched_compiles(compiler, architecture, tmp_path):
+    """A kernel of each op and form; for the tensor cores only where they are."""
+    draw = random.Random(architecture)
+    device = Device(architecture // 10, architecture % 10, 64, 101376)
+    for op in kernels._OPS:
+        kinds: dict[str, Launch] = {}
+        for _ in range(300):
+            call = random_call(op, draw)
+            if fits(op, call):
+                kinds.update({re.sub("<.*", "", p.kernel): p for p in getattr(launches, op)(call, WORKSPACE, device)})
+        for one in kinds.values():
+            program = nvrtc.compile_kernel(one.source, one.kernel, architecture)
+            name = re.sub(".*::|<.*", "", one.kernel)
+            assert name.encode() in program.name
+            assert program.code.startswith(b"\x7fELF")
+            assert nvrtc.compile_kernel(one.source, one.kernel, architecture) == program
+    assert len(list((tmp_path / "nvrtc").iterdir())) >= 8
+
+
+def test_a_gpu_newer_than_nvrtc_gets_ptx(compiler):
+    program = nvrtc.compile_kernel("last_token.cu", "mamba::last::last_token_kernel<uint4>", 999)
+    assert b".target sm_" in program.code
+    with pytest.raises(PluginError, match=r"NVRTC [\d.]+ knows sm_\d+ and newer: this GPU is sm_35"):
+        nvrtc.compile_kernel("last_token.cu", "mamba::last::last_token_kernel<uint4>", 35)
+
+
+def test_a_kernel_that_does_not_compile_says_why(compiler):
+    with pytest.raises(PluginError, match=r"NVRTC_ERROR(.|\n)*no_such_kernel"):
+        nvrtc.compile_kernel("last_token.cu", "mamba::last::no_such_kernel<uint4>", 90)

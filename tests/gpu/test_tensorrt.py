@@ -72,7 +72,10 @@ def build_engine(registry: Any, op: str, inputs: Inputs, outputs: list[str], att
     from mamba_deploy.plugins.rules import GIVEN_INPUTS, OPS
 
     given = sum(1 << i for i, tensor in enumerate(OPS[op].inputs) if tensor.name in inputs)
-    fields = trt.PluginFieldCollection([_field(name, v) for name, v in {**attributes, GIVEN_INPUTS: given}.items()])
+    values = {
+        name: _value(v) for name, v in {**attributes, GIVEN_INPUTS: given}.items()
+    }  # a field does not keep its own
+    fields = trt.PluginFieldCollection([trt.PluginField(name, *value) for name, value in values.items()])
     builder = trt.Builder(LOG)
     explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", explicit)
@@ -117,12 +120,13 @@ def _type(dtype: np.dtype[Any]) -> Any:
     return {"float32": trt.float32, "float16": trt.float16, "int32": trt.int32}[dtype.name]
 
 
-def _field(name: str, value: Any) -> Any:
+def _value(value: Any) -> tuple[Array, Any]:
+    """Data and type of a field."""
     if isinstance(value, str):
-        return trt.PluginField(name, np.frombuffer(value.encode() + b"\0", np.int8), trt.PluginFieldType.CHAR)
+        return np.frombuffer(value.encode() + b"\0", np.int8), trt.PluginFieldType.CHAR
     if isinstance(value, float):
-        return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
-    return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+        return np.array([value], np.float32), trt.PluginFieldType.FLOAT32
+    return np.array([value], np.int32), trt.PluginFieldType.INT32
 
 
 class Run:
@@ -256,6 +260,7 @@ def test_an_engine_of_one_operator_equals_the_recurrence(
     case = Case(op, T, S, L, optional)
     engine = build_engine(registry, op, case.inputs, case.outputs, case.attributes)
     for one_buffer in (False, True):
+        run = None  # a profile serves one context at a time
         run = Run(engine, case.inputs, case.outputs, one_buffer)
         eager = run.eager()
         case.check(eager)
