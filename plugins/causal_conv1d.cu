@@ -5,6 +5,8 @@
 // share a block, so that the K - 1 tokens each reads of its predecessor's come from the L1 cache. The thread of a row's
 // first run alone reads the old state, and it alone writes the new one.
 // One token: the state's rows of K - 1 elements go through shared memory, for accesses of 16 bytes side by side.
+// H200, cold L2, C 5376: prompts of 2048 at B 1 and 8 reach 77 and 86 % of the speed of a copy of as many bytes (tiles in
+// shared memory 61 and 73 %), one token at B 64 and 1024 80 and 93 %; one row of one token takes 2.0 us.
 // Tuned for K = 4, the only width ever published, with channels in vectors; any other call goes an element at a time.
 #ifndef MAMBA_KERNELS_ONLY
 #include <algorithm>

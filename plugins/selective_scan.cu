@@ -35,10 +35,8 @@ template <typename T, typename S>
 cudaError_t step(const MambaSelectiveScan& a, cudaStream_t stream) {
     constexpr int kVec = 16 / sizeof(S), kLanes16 = 16 / kVec;
     const int N = a.state_size;
-    bool aligned = N % kVec == 0;
-    for (const void* p : {a.ssm_state, const_cast<const void*>(a.ssm_state_out), a.B, a.C, static_cast<const void*>(a.A)}) {
-        aligned = aligned && is_aligned(p, 16);
-    }
+    const bool aligned = N % kVec == 0 && is_aligned(a.ssm_state, 16) && is_aligned(a.ssm_state_out, 16) &&
+                         is_aligned(a.A, 16) && is_aligned(a.B, 16) && is_aligned(a.C, 16);
     if (aligned && N <= 16) {
         // The more rows share their part of A the better, as long as the GPU is full.
         const int64_t channels = int64_t{a.batch} * a.channels;
@@ -73,8 +71,8 @@ using States64 = Shape<4, 16, 16, 16, 1, 2, 8, 1, 4, 384, 2>;
 using States128 = Shape<4, 32, 16, 16, 1, 4, 8, 1, 2, 352, 2>;
 using States256 = Shape<8, 32, 8, 8, 1, 4, 8, 1, 2, 352, 1>;
 
-// Time is cut where rows are few and narrow: so many chunks that there are three blocks for each of 132 multiprocessors. The
-// same on every GPU, for an engine may be built without one.
+// Time is cut where rows are few and narrow: so many chunks that there are three blocks for each of 132 multiprocessors.
+// The same on every GPU, for an engine may be built without one.
 struct Chunks {
     int count, length;
 };

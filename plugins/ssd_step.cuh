@@ -1,13 +1,13 @@
 // MambaSsdScan for one token: h = exp(delta A) h + delta x B^T; y = h C + D x.
 //
-// Bound by the state, which goes in and out once. LANES lanes share a row p, each with 16 bytes of it, and a warp takes two
-// sets of 32 / LANES rows: two loads a thread, with 48 warps on a multiprocessor enough to cover the latency (four or eight
-// a thread took 2 and 4 % longer on an H200: fewer warps fit, and the first to end leave the memory idle). Nothing a load
-// needs comes from another load: a row of length 0 reads its x, B, C and dt like any other and drops them. There is no
-// barrier and no shared memory: the warps of a block read the same B and C, which the L1 cache serves.
+// Bound by the state, which goes in and out once. LANES lanes share a row p, each with 16 bytes of it, and a warp takes SETS
+// sets of 32 / LANES rows, all loaded before the first is used. Nothing a load needs comes from another load: a row of
+// length 0 reads its x, B, C and dt like any other and drops them. There is no barrier and no shared memory: the warps of a
+// block read the same B and C, which the L1 cache serves.
 //
-// H200, fp32 state, P 64, N 128: at B H 4096 and 8192 it moves 4.06 and 4.15 TB/s, 98 % of a copy of as many bytes; B 1,
-// H 24 takes 2.3 us in a graph, of which an empty kernel takes 0.5.
+// H200, cold L2, fp32 state, P 64, N 128: 94 and 95 % of the speed of a copy of as many bytes at B H 4096 and 8192 (four
+// sets in blocks of two warps; two sets took 1.5 % longer, one 8 %), 91 % at 512 (two sets in blocks of eight warps; four
+// sets 4 % longer); B 1, H 24 takes 2.6 us, of which an empty kernel takes 0.8.
 #pragma once
 
 #include "ssd_common.cuh"

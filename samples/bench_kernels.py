@@ -87,7 +87,7 @@ def main(
             machine = f"copy {bandwidth / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s, {clock / 1e9:.2f} GHz"
             measured.write(
                 write, rows, machine=machine, packages=("mamba-deploy", "torch", "triton"), versions=versions,
-                gpu=gpu.name, driver=_driver(),
+                on_gpu=True,
             )  # fmt: skip
 
 
@@ -166,13 +166,6 @@ def _best_seconds(run: Callable[[], Any]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return min(times)
-
-
-def _driver() -> str:
-    try:
-        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split("Module")[1].split()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 # --- what is measured --------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ def write(
     machine: str,
     packages: tuple[str, ...],
     versions: dict[str, str] | None = None,
-    gpu: str | None = None,
-    driver: str | None = None,
+    on_gpu: bool = False,
 ) -> None:
     """Write rows with what they were measured on.
 
@@ -32,8 +31,7 @@ def write(
         machine: What else of it the figures hang on: processor, threads, bandwidth.
         packages: Python packages whose versions are to be noted, where they are installed.
         versions: Of anything else.
-        gpu: Its name.
-        driver: Its version.
+        on_gpu: Note the GPU and its driver too.
     """
     found = {"python": platform.python_version()}
     for package in packages:
@@ -44,8 +42,8 @@ def write(
     content = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine,
-        "gpu": gpu,
-        "driver": driver,
+        "gpu": _nvidia("name") if on_gpu else None,
+        "driver": _nvidia("driver_version") if on_gpu else None,
         "versions": {**found, **(versions or {})},
         "commit": _commit(),
         "rows": rows,
@@ -56,12 +54,19 @@ def write(
     partial.replace(path)
 
 
+def _nvidia(what: str) -> str:
+    return _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
+
+
 def _commit() -> str:
     """Of this clone, or what GIT_COMMIT says where there is but a copy of its files."""
-    root = Path(__file__).resolve().parent
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    return os.environ.get("GIT_COMMIT") or _output(["git", "rev-parse", "--short", "HEAD"])
+
+
+def _output(command: list[str]) -> str:
+    """Empty where the program is missing or fails."""
+    here = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git
-        found = ""
-    return found or os.environ.get("GIT_COMMIT", "")
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

@@ -67,8 +67,7 @@ def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) 
         if engines:
             versions["tensorrt"] = _output([engines, "-c", "import tensorrt; print(tensorrt.__version__)"])
         packages = ("mamba-deploy", "numpy", "pytest", "torch")
-        gpu, driver = _query("name"), _query("driver_version")
-        measured.write(write, rows, machine="", packages=packages, versions=versions, gpu=gpu, driver=driver)
+        measured.write(write, rows, machine="", packages=packages, versions=versions, on_gpu=True)
     sys.exit(failed)
 
 
@@ -102,10 +101,6 @@ def _run(file: str, tool: str, python: list[str], scratch: Path) -> dict[str, An
         notes.insert(0, "no errors")
     name = f"{tool}/{file}" if tool else file
     return {"name": name, "value": passed, "unit": "tests passed", "limit": None, "peers": {}, "note": "; ".join(notes)}
-
-
-def _query(what: str) -> str:
-    return _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
 
 
 def _output(command: list[str]) -> str:

@@ -254,7 +254,7 @@ def test_files_of_the_kernels_are_there():
 
 
 def fake_driver(modules: list[bytes]) -> SimpleNamespace:
-    """Of cuda.bindings.driver what nvrtc.launch calls; more shared memory than a function is allowed fails, as in CUDA."""
+    """Of cuda.bindings.driver what nvrtc.launch calls; more shared memory than a function may have fails, as there."""
     allowed: dict[int, int] = {}
 
     def load(code: bytes) -> tuple[int, int]:

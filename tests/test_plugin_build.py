@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -448,7 +449,7 @@ def test_plugin_is_that_of_the_headers(tmp_path, toolkit, sources, version, sour
     assert not any(a.startswith("-gencode") for a in calls[str(sources / source)])
     first, second = toolkit.calls[-2:]
     assert first[-len(KERNELS) - 1 :] == [*(f"{name}.o" for name in KERNELS), f"{source}.o"]
-    assert second[-3:] == ["plugin_register.cpp.o", "libmamba_plugin.so", "-Xlinker=@rpath"]
+    assert second[-4:] == ["plugin_register.cpp.o", "-cudart=none", "libmamba_plugin.so", "-Xlinker=@rpath"]
 
 
 def test_folders_of_the_compiler_are_not_named_again(tmp_path, toolkit, sources, monkeypatch):
@@ -1074,8 +1075,9 @@ def test_every_kernel_compiles_through_nvrtc_for_every_architecture_it_knows(nam
     assert 80 in nvrtc.architectures
     expected = kernels_in(build.SOURCES / name)
     assert expected
-    for architecture in nvrtc.architectures:
-        ptx = nvrtc.compile(build.SOURCES / name, architecture)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = list(pool.map(lambda a: nvrtc.compile(build.SOURCES / name, a), nvrtc.architectures))
+    for ptx in compiled:
         entries = re.findall(r"^\s*(?:\.visible |\.weak )?\.entry (\w+)", ptx, re.M)
         assert {
             kernel for kernel in expected if any(f"{len(kernel)}{kernel}" in entry for entry in entries)
