@@ -246,6 +246,20 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
     assert len(kinds) > 2
 
 
+def test_workspace_never_shrinks_with_length(library):
+    """The plugins ask for the longest prompt alone: TensorRT then calls with shorter ones, in the same memory."""
+    scan = {"channels": 256, "state_size": 16}
+    ssd = {"heads": 8, "head_dim": 64, "state_size": 64, "groups": 1}
+    for op, sizes in (("selective_scan", scan), ("ssd_scan", ssd)):
+        workspace = getattr(library, f"mamba_{op}_workspace")
+        workspace.restype = ctypes.c_size_t
+        for batch in (1, 2):
+            calls = (kernels._OPS[op].struct(**sizes, batch=batch, length=length, dtype=1) for length in range(1, 4097))
+            needed = [workspace(ctypes.byref(call)) for call in calls]
+            assert needed == sorted(needed), op
+            assert needed[-1] > 0
+
+
 def test_files_of_the_kernels_are_there():
     assert all((Path(SOURCES) / file).is_file() for file in FILES)
 

@@ -22,7 +22,6 @@ import pytest
 
 from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins import build
-from mamba_deploy.plugins.kernels import Kernels
 from mamba_deploy.plugins.rules import FLOATS, OPS, Node
 from mamba_deploy.plugins.toolchain import Headers, find_compiler, find_headers
 
@@ -625,19 +624,6 @@ def test_workspace_suits_every_batch_up_to_the_largest(library):
 
 
 @pytest.mark.slow
-def test_workspace_of_the_kernels_never_shrinks_with_length(request, monkeypatch):
-    """The plugins ask for the longest prompt alone: TensorRT then calls with shorter ones, in the same memory."""
-    kernels = Kernels(build_plugin(request, monkeypatch))
-    other = {"d_inner": {"channels": 256, "state_size": 16}, "heads": {"heads": 8, "head_dim": 64, "state_size": 64}}
-    for op, sizes in (("selective_scan", other["d_inner"]), ("ssd_scan", {**other["heads"], "groups": 1})):
-        for batch in (1, 2):
-            needed = [
-                kernels.workspace_bytes(op, batch=batch, length=n, dtype="float16", **sizes) for n in range(1, 4097)
-            ]
-            assert needed == sorted(needed), op
-            assert needed[-1] > 0
-
-
 # --- attributes -----------------------------------------------------------------------------------------------------
 
 
