@@ -1,14 +1,17 @@
 """The `mamba-deploy` command: one verb a function, imports inside the verbs so that `--help` is quick.
 
 Results go to stdout, progress and statistics to stderr. Exit codes: 0 done, 1 an expected failure (``error:`` and
-``hint:`` on stderr), 2 wrong usage, 3 outputs differ, 130 interrupted. ``MAMBA_DEPLOY_DEBUG=1`` shows tracebacks.
+``hint:`` on stderr), 2 wrong usage, 3 outputs differ, 130 interrupted, 143 terminated. ``MAMBA_DEPLOY_DEBUG=1`` shows
+tracebacks.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +36,8 @@ class Command(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         """Run the verb."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminated)
         try:
             return super().invoke(context)
         except MambaDeployError as error:
@@ -48,12 +53,17 @@ class Command(click.Group):
         if isinstance(failure, BrokenPipeError):  # the reader of our output has gone: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             context.exit(1)
-        if os.environ.get("MAMBA_DEPLOY_DEBUG"):
+        if os.environ.get("MAMBA_DEPLOY_DEBUG", "0") != "0":
             raise failure
         click.echo(f"error: {failure}", err=True)
         if hint:
             click.echo(f"hint: {hint}", err=True)
         context.exit(1)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """End as an error does, so that what is half-written is removed."""
+    raise SystemExit(128 + number)
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -238,7 +248,9 @@ def _open(out: Path, backend: str, threads: int | None, graph: str = "auto") -> 
 @_backend_option()
 @_threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: each token, then statistics.")
+@click.pass_context
 def generate(
+    context: click.Context,
     out: Path,
     prompt: str | None,
     prompts: Any,
@@ -254,6 +266,10 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise click.UsageError("give either --prompt or --prompts")
+    for name in ("top_k", "top_p", "min_p", "seed"):
+        given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        if given and sampling["temperature"] == 0:
+            _say(f"--{name.replace('_', '-')} changes nothing without --temperature: the likeliest token is taken")
     texts = _texts(prompt, prompts)
     statistics = Statistics()
     with _open(out, backend, threads) as session:

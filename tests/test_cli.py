@@ -530,8 +530,13 @@ def wait_for(lines: Iterator[str], beginning: str) -> list[str]:
     pytest.fail(f"it ended without saying {beginning!r}: {''.join(seen)}")
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")], ids=["INT", "TERM"]
+)
 @pytest.mark.parametrize(("step", "delay"), [("writing the ONNX graph", 0.5), ("asking PyTorch", 0.0)])
-def test_a_real_interrupt_leaves_nothing(step: str, delay: float, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_real_interrupt_leaves_nothing(
+    step: str, delay: float, number: int, code: int, said: str, checkpoint: Path, tmp_path: Path
+) -> None:
     for attempt in range(5):  # where this process is held up, the export may end before the signal
         folder = tmp_path / str(attempt)
         folder.mkdir()
@@ -540,13 +545,13 @@ def test_a_real_interrupt_leaves_nothing(step: str, delay: float, checkpoint: Pa
             assert running.stderr is not None
             wait_for(running.stderr, step)
             time.sleep(delay)
-            running.send_signal(signal.SIGINT)
+            running.send_signal(number)
             stdout, stderr = running.communicate(timeout=120)
         if running.returncode != 0:
             break
-    assert running.returncode == 130, stderr
+    assert running.returncode == code, stderr
     assert stdout == ""
-    assert stderr.endswith("interrupted\n")
+    assert stderr.endswith(said)
     assert "Traceback" not in stderr
     assert list(folder.iterdir()) == []
 
@@ -834,6 +839,15 @@ def test_a_reader_that_leaves_early(ids_bundle: Path) -> None:
     assert len(text) == 20
     assert code == "1"
     assert done.stderr == ""
+
+
+def test_generate_says_which_options_change_nothing(ids_bundle: Path) -> None:
+    done = command("generate", ids_bundle, "-p", "1 2", "-n", "2", "--top-k", "3", "--seed", "1")
+    assert done.exit_code == 0
+    assert "--top-k changes nothing without --temperature" in done.stderr
+    assert "--seed changes nothing" in done.stderr
+    quiet = command("generate", ids_bundle, "-p", "1 2", "-n", "2", "--seed", "1", "--temperature", "0.5")
+    assert "changes nothing" not in quiet.stderr
 
 
 def test_a_real_interrupt_of_generate(ids_bundle: Path) -> None:
