@@ -187,20 +187,25 @@ def test_engines_build_with_the_python_plugins(ask, sample, model, dtype):
     check(ask(kernels="", model=bundle.path / "model.onnx", profiles=PROFILES), bundle)
 
 
-@pytest.mark.parametrize("interface", ["load", "kernels"])
+@pytest.fixture(params=["load", "kernels"])
+def plugins(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """For ``ask``: the plugins in C++, or in Python."""
+    if request.param == "kernels":
+        return {"kernels": ""}
+    return {"load": request.getfixturevalue("newest") / "libmamba_plugin.so"}
+
+
 @pytest.mark.parametrize("kind", ["mamba-untied-no-conv-bias", "mamba2-no-conv-bias"])
-def test_optional_inputs_may_be_missing(ask, newest, bundle, kind, interface):
+def test_optional_inputs_may_be_missing(ask, plugins, bundle, kind):
     exported = bundle(kind).bundle
-    path = {"load": newest / "libmamba_plugin.so", "kernels": newest / "libstub.so"}[interface]
-    check(ask(model=exported.path / "model.onnx", profiles=PROFILES, **{interface: path}), exported)
+    check(ask(model=exported.path / "model.onnx", profiles=PROFILES, **plugins), exported)
 
 
-@pytest.mark.parametrize(("interface", "file"), [("load", "libmamba_plugin.so"), ("kernels", "libstub.so")])
-def test_an_attribute_that_is_wrong_fails_the_parser_with_our_words(ask, newest, sample, interface, file):
+def test_an_attribute_that_is_wrong_fails_the_parser_with_our_words(ask, plugins, sample):
     path = sample("tiny-mamba", "float32").path / "model.onnx"
-    answer = ask(model=path, activation="gelu", **{interface: newest / file})
+    answer = ask(model=path, activation="gelu", **plugins)
     assert not answer["parsed"]
-    said = " ".join(answer["errors"]) if interface == "load" else answer["stderr"]  # Python's go past the log
+    said = " ".join(answer["errors"]) if "load" in plugins else answer["stderr"]  # Python's go past the log
     assert "MambaCausalConv1d: activation is 'gelu': expected 'silu' or 'none'" in said
 
 
