@@ -79,6 +79,12 @@ __device__ __forceinline__ Pack<T, kCount> load_constant(const T* from) {
     return pack;
 }
 
+__device__ __forceinline__ float load_constant(const float* from) { return __ldg(from); }
+__device__ __forceinline__ __half load_constant(const __half* from) { return __ldg(from); }
+__device__ __forceinline__ __nv_bfloat16 load_constant(const __nv_bfloat16* from) {
+    return load_constant<__nv_bfloat16, 1>(from).v[0];  // CUDA 11 has __ldg of it from sm_80 on alone
+}
+
 template <typename T, int kCount>
 __device__ __forceinline__ Pack<T, kCount> load(const T* from) {
     using Bits = typename Word<sizeof(T) * kCount>::type;

@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSelect
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         const int64_t i = row(r) * a.channels + own;
-        dt[r] = __ldg(static_cast<const T*>(a.dt) + i);
-        x[r] = __ldg(static_cast<const T*>(a.x) + i);
-        z[r] = a.z != nullptr ? __ldg(static_cast<const T*>(a.z) + i) : from_float<T>(0.0f);
+        dt[r] = load_constant(static_cast<const T*>(a.dt) + i);
+        x[r] = load_constant(static_cast<const T*>(a.x) + i);
+        z[r] = a.z != nullptr ? load_constant(static_cast<const T*>(a.z) + i) : from_float<T>(0.0f);
         used[r] = __ldg(a.seq_lens + row(r)) > 0;
 #pragma unroll
         for (int j = 0; j < ITERS; j++) {

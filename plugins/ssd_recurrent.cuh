@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(32 * Recurrent<LANES>::kWarps)
         if (thread < kTokens) {  // past the end a token that changes nothing
             float2 step = make_float2(0.0f, 1.0f);
             if (thread < count) {
-                step.x = step_size(a, to_float(__ldg(dt + static_cast<int64_t>(t0 + thread) * a.heads)), bias);
+                step.x = step_size(a, to_float(load_constant(dt + static_cast<int64_t>(t0 + thread) * a.heads)), bias);
                 step.y = expf(step.x * A);
             }
             steps[thread] = step;
@@ -108,14 +108,14 @@ __global__ void __launch_bounds__(32 * Recurrent<LANES>::kWarps)
             for (int j = 0; j < kWidth / 32; j++) {
                 const int n = lane + 32 * j;
                 const bool inside = valid && n < N;
-                Bs[t * kWidth + n] = inside ? to_float(__ldg(B + (t0 + t) * group_row + n)) : 0.0f;
-                if (OUTPUT) Cs[t * kWidth + n] = inside ? to_float(__ldg(C + (t0 + t) * group_row + n)) : 0.0f;
+                Bs[t * kWidth + n] = inside ? to_float(load_constant(B + (t0 + t) * group_row + n)) : 0.0f;
+                if (OUTPUT) Cs[t * kWidth + n] = inside ? to_float(load_constant(C + (t0 + t) * group_row + n)) : 0.0f;
             }
 #pragma unroll
             for (int j = 0; j < Sizes::kXWords; j++) {
                 const int r = lane + 32 * j;
                 const bool inside = valid && p0 + r < P;
-                if (r < kRows) xs[t * kRows + r] = inside ? to_float(__ldg(x + (t0 + t) * x_row + r)) : 0.0f;
+                if (r < kRows) xs[t * kRows + r] = inside ? to_float(load_constant(x + (t0 + t) * x_row + r)) : 0.0f;
             }
         }
         __syncthreads();

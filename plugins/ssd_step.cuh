@@ -52,7 +52,7 @@ struct StepHead {
                 C[i].load(c_row + n);
             }
         }
-        const float dt = to_float(__ldg(static_cast<const T*>(a.dt) + b * a.heads + h));
+        const float dt = to_float(load_constant(static_cast<const T*>(a.dt) + b * a.heads + h));
         const float A = __ldg(a.A + h), bias = a.dt_bias == nullptr ? 0.0f : __ldg(a.dt_bias + h);
         used = __ldg(a.seq_lens + b) > 0;
         delta = step_size(a, dt, bias);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdSca
     float x[SETS], y[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
-        x[s] = UNIFORM || first + s * kRows < rows ? to_float(__ldg(xs + s * kRows)) : 0.0f;
+        x[s] = UNIFORM || first + s * kRows < rows ? to_float(load_constant(xs + s * kRows)) : 0.0f;
     }
     float skip = 0.0f;  // of the row this lane writes
     if (UNIFORM && lane < SETS) skip = skip_of(a, h, p + lane * kRows);
