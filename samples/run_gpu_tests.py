@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) 
         jobs += [(file, tool, [sys.executable]) for tool in ("", NVRTC) for file in files]
         if sanitizer and shutil.which(sanitizer):
             for tool in ("memcheck", "racecheck"):
-                command = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--kernel-regex", "kns=mamba"]
+                command = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--print-limit", "10000"]
+                command += ["--kernel-regex", "kns=mamba"]
                 jobs += [(file, tool, [*command, sys.executable]) for file in files]
         elif sanitizer:
             click.echo(f"no {sanitizer} here: left out")
@@ -94,8 +96,8 @@ def _run(file: str, tool: str, python: list[str], scratch: Path) -> dict[str, An
                 passed += 1
     notes = [f"{count} skipped: {reason}" for reason, count in skipped.items()]
     if done.returncode not in (0, 5) or bad:
-        summary = next((line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line), "")
-        notes.insert(0, f"FAILED: {bad} tests, exit {done.returncode}. {summary}")
+        kernels = sorted(set(re.findall(r"mamba::\w+::\w+(?:<[^>]*>)?", done.stdout))) if tool else []
+        notes.insert(0, f"FAILED: {bad} tests, exit {done.returncode} {', '.join(kernels)}".strip())
         click.echo(done.stdout[-4000:] + done.stderr[-2000:], err=True)
     elif tool and tool != NVRTC:
         notes.insert(0, "no errors")
