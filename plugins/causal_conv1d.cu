@@ -285,11 +285,9 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a)
 #ifndef MAMBA_KERNELS_ONLY
 namespace {
 
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 template <typename T, int kWidth, int kVec>
 cudaError_t step(const MambaCausalConv1d& a, cudaStream_t stream) {
-    const int64_t channel_blocks = blocks(a.channels, kStepThreads * kVec);
+    const int64_t channel_blocks = ceil_div(a.channels, kStepThreads * kVec);
     if (channel_blocks > 65535) return cudaErrorInvalidValue;
     const dim3 grid(a.batch, static_cast<unsigned>(channel_blocks));
     step_kernel<T, kWidth, kVec><<<grid, kStepThreads, 0, stream>>>(a);
@@ -298,15 +296,14 @@ cudaError_t step(const MambaCausalConv1d& a, cudaStream_t stream) {
 
 template <typename T, int kWidth, int kVec>
 cudaError_t prompt(const MambaCausalConv1d& a, cudaStream_t stream) {
-    const int64_t channel_blocks = blocks(a.channels, kLanes * kVec), rows = std::min(a.batch, 65535);
+    const int64_t channel_blocks = ceil_div(a.channels, kLanes * kVec), rows = std::min(a.batch, 65535);
     // Short runs fill the GPU, long ones read less twice: the shortest for which all blocks run at once.
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    Device device;
+    const cudaError_t error = device.read();
     if (error != cudaSuccess) return error;
-    const int64_t runs = std::max<int64_t>(1, int64_t{multiprocessors} * kBlocks<T> / (channel_blocks * rows)) * kRuns;
-    const int run_length = static_cast<int>(std::min<int64_t>(std::max<int64_t>(blocks(a.length, 4 * runs) * 4, 8), 64));
-    const int64_t width = channel_blocks * blocks(a.length, int64_t{run_length} * kRuns);
+    const int64_t runs = std::max<int64_t>(1, int64_t{device.multiprocessors} * kBlocks<T> / (channel_blocks * rows)) * kRuns;
+    const int run_length = static_cast<int>(std::min<int64_t>(std::max<int64_t>(ceil_div(a.length, 4 * runs) * 4, 8), 64));
+    const int64_t width = channel_blocks * ceil_div(a.length, int64_t{run_length} * kRuns);
     if (width > INT_MAX) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(width), static_cast<unsigned>(rows));
     prompt_kernel<T, kWidth, kVec>

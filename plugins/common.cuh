@@ -23,6 +23,20 @@ __device__ __forceinline__ __half from_float<__half>(float v) { return __float2h
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
+// Two neighbours of a register; the first is in the low half.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+    __half2 v;
+    memcpy(&v, &pair, 4);
+    return __half22float2(v);
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
 // 2^v in one instruction, to 2 units in the last place; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float v) {
     float out;
@@ -135,6 +149,29 @@ struct Neighbours {
         memcpy(words, values, sizeof(values));
     }
 };
+
+#ifndef MAMBA_KERNELS_ONLY
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline size_t workspace_bytes(int64_t floats) { return static_cast<size_t>(ceil_div(4 * floats, 256) * 256); }
+
+// What of the current device a launch depends on.
+struct Device {
+    int index = 0, multiprocessors = 0, major = 0, shared_bytes = 0;  // of a block, at most
+
+    cudaError_t read() {
+        cudaError_t error = cudaGetDevice(&index);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+        if (error == cudaSuccess) {
+            error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+        }
+        return error;
+    }
+};
+
+#endif
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -11,8 +11,6 @@ namespace mamba {
 namespace scan {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool is_valid(const MambaSelectiveScan& a) {
     return a.batch > 0 && a.length > 0 && a.length <= 1 << 20 && a.channels > 0 && a.state_size > 0 &&
            a.state_size <= 256 && a.dtype >= MAMBA_FLOAT32 && a.dtype <= MAMBA_BFLOAT16 &&
@@ -176,18 +174,16 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
     if (a.state_size > 64) return prompt<T, States128>(a, 2, stream);
     if (a.state_size > 32) return prompt<T, States64>(a, 4, stream);
     if (a.state_size > 16) return prompt<T, States32>(a, 8, stream);
-    int device = 0, multiprocessors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    Device device;
+    const cudaError_t error = device.read();
     if (error != cudaSuccess) return error;
+    const int multiprocessors = device.multiprocessors;
     if (int64_t{a.batch} * a.channels >= 64 * multiprocessors) {
         return prompt<T, ManyChannels>(a, choose_quads(a, multiprocessors, {4, 6, 8}), stream);
     }
-    int shared_bytes = 0;  // of a block, at most: Turing has no room for MediumChannels
-    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
     const bool few = a.batch * ceil_div(a.channels, 16) <= multiprocessors;
-    if (few || shared_bytes < 4 * PromptShared<MediumChannels>::floats(10, false)) {
+    // Turing has no room for MediumChannels.
+    if (few || device.shared_bytes < 4 * PromptShared<MediumChannels>::floats(10, false)) {
         return prompt<T, FewChannels>(a, choose_quads(a, multiprocessors, {2, 3, 4}), stream);
     }
     return prompt<T, MediumChannels>(a, choose_quads(a, multiprocessors, {5, 6, 7, 8, 9, 10}), stream);
@@ -211,7 +207,7 @@ extern "C" size_t mamba_selective_scan_workspace(const MambaSelectiveScan* call)
     const int64_t chunks = max_chunks(*call);
     if (chunks == 1) return 0;
     const int64_t floats = call->batch * chunks * call->channels * (call->state_size + 1);
-    return static_cast<size_t>(ceil_div(4 * floats, 256) * 256);
+    return mamba::workspace_bytes(floats);
 }
 
 extern "C" int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* stream) {

@@ -91,15 +91,6 @@ struct PromptPlace {
 
 __device__ __forceinline__ void block_barrier() { asm volatile("bar.sync 0;" : : : "memory"); }
 
-__device__ __forceinline__ void unpack(uint32_t pair, __half, float* out) {
-    __half2 v;
-    memcpy(&v, &pair, sizeof(v));
-    out[0] = __low2float(v), out[1] = __high2float(v);
-}
-__device__ __forceinline__ void unpack(uint32_t pair, __nv_bfloat16, float* out) {
-    out[0] = __uint_as_float(pair << 16), out[1] = __uint_as_float(pair & 0xffff0000u);
-}
-
 // Loads into registers in use, if `used`, else leaves them alone. That, and volatile, keep the compiler from starting the
 // load while they still are read: it then would give the load others, and wait for it at once to move them, a stager's
 // largest wait.
@@ -143,7 +134,10 @@ struct Raw {
             uint32_t pairs[kCount / 2];
             memcpy(pairs, bits, sizeof(bits));
 #pragma unroll
-            for (int k = 0; k < kCount / 2; k++) unpack(pairs[k], T{}, out + 2 * k);
+            for (int k = 0; k < kCount / 2; k++) {
+                const float2 v = unpack<T>(pairs[k]);
+                out[2 * k] = v.x, out[2 * k + 1] = v.y;
+            }
         } else {
 #pragma unroll
             for (int k = 0; k < kCount; k++) {

@@ -17,8 +17,6 @@ namespace {
 constexpr int64_t kMaxLength = 1 << 20;
 constexpr int kFewTokens = 4;  // up to here one after the other is faster than in chunks
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t heads_of(const MambaSsdScan& a) { return static_cast<int64_t>(a.batch) * a.heads; }
 
 bool is_valid(const MambaSsdScan& a) {
@@ -36,20 +34,6 @@ int64_t max_segments(const MambaSsdScan& a) {
 int64_t floats_of_segment(const MambaSsdScan& a) {  // its states, a multiple of 64
     return ceil_div(heads_of(a) * a.head_dim * a.state_size, 64) * 64;
 }
-
-struct Device {
-    int index = 0, multiprocessors = 0, major = 0, shared_bytes = 0;
-
-    cudaError_t read() {
-        cudaError_t error = cudaGetDevice(&index);
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-        if (error == cudaSuccess) {
-            error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
-        }
-        return error;
-    }
-};
 
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
@@ -282,7 +266,7 @@ extern "C" size_t mamba_ssd_scan_workspace(const MambaSsdScan* call) {
     const int64_t segments = max_segments(*call);
     if (segments == 1) return 0;
     const int64_t floats = segments * (floats_of_segment(*call) + heads_of(*call));
-    return static_cast<size_t>(ceil_div(4 * floats, 256) * 256);
+    return mamba::workspace_bytes(floats);
 }
 
 extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream) {

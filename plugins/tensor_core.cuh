@@ -70,20 +70,7 @@ __device__ __forceinline__ void barrier_wait(int number, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" : : "r"(number), "r"(threads) : "memory");
 }
 
-// Two neighbours of a register; the first is in the low half.
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
-    __half2 v;
-    memcpy(&v, &pair, 4);
-    return __half22float2(v);
-}
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-
+// As unpack() has them.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);
 template <>
