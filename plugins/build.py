@@ -53,6 +53,7 @@ __all__ = [
     "kernels_library",
     "library_path",
     "plugin_library",
+    "sources_hash",
 ]
 
 Say = Callable[[str], None]
@@ -167,7 +168,7 @@ def is_current(entry: Built) -> bool:
     """Whether it is of this machine's kind and GPUs and of the sources as they are."""
     if entry.machine != platform.machine() or not all(runs_on(entry.architectures, gpu) for gpu in gpu_architectures()):
         return False
-    return any(entry.sources == _sources_hash(product) for product in PRODUCTS if product.name == entry.name)
+    return any(entry.sources == sources_hash(product) for product in PRODUCTS if product.name == entry.name)
 
 
 def _loads(built_for: str, wanted: str) -> bool:
@@ -180,7 +181,7 @@ def _loads(built_for: str, wanted: str) -> bool:
     )
 
 
-def _sources_hash(product: Product) -> str:
+def sources_hash(product: Product) -> str:
     """Of everything the compiler reads of ours, and of how it is called; of no file that is missing."""
     names = {name for library in product.libraries for name in library.sources} | set(_KERNELS)
     headers = {path.name for pattern in ("*.h", "*.cuh") for path in SOURCES.glob(pattern)}
@@ -273,7 +274,7 @@ def build(
     product = next(product for product in PRODUCTS if (product.name, product.interface) == (name, interface))
     _check_sources(product)
     tensorrt = headers.label if headers else ""
-    sources = _sources_hash(product)
+    sources = sources_hash(product)
     environment = [os.environ.get(variable, "") for variable in _ENVIRONMENT]
     key = (sources, compiler.version, tensorrt, chosen, platform.machine(), environment)
     root = _plugins_folder()

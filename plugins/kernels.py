@@ -475,8 +475,8 @@ class RuntimeKernels(Kernels):
         return self._launches.workspace_bytes(op, call)
 
     def _launch(self, op: str, call: ctypes.Structure, workspace: int, stream: int) -> None:
-        planned = getattr(self._launches, op)(call, workspace, self._nvrtc.current_device())
-        self._nvrtc.launch(planned, stream)
+        device = self._nvrtc.current_device()
+        self._nvrtc.launch(getattr(self._launches, op)(call, workspace, device), device, stream)
 
 
 def _set_dtypes(call: ctypes.Structure, dtype: str, state_dtype: str) -> None:

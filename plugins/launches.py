@@ -80,6 +80,9 @@ def selective_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
     return [_scan_step(call)] if call.length == 1 else _scan_prompt(call, workspace, device)
 
 
+_PROMPT = "selective_scan_prompt.cuh"
+
+
 class _Shape(NamedTuple):
     """The template arguments of Shape in selective_scan_prompt.cuh, in their order."""
 
@@ -185,9 +188,6 @@ def _scan_launch(call: Any, shape: _Shape, plan: _PromptPlan, *, summary: bool) 
     threads = 32 * (plan.scanners + plan.stagers + finishers)
     grid = (call.batch * plan.groups, plan.chunks - 1 if summary else plan.chunks)
     return Launch(_PROMPT, name, grid, (threads,), 4 * shape.shared_floats(plan.quads, summary), (call, plan))
-
-
-_PROMPT = "selective_scan_prompt.cuh"
 
 
 def _scan_step(call: Any) -> Launch:

@@ -6,17 +6,17 @@ driver, in the current context, which is that of pycuda, torch or TensorRT.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from mamba_deploy.errors import PluginError, require
-from mamba_deploy.plugins.build import SOURCES, cache_folder
+from mamba_deploy.plugins.build import PRODUCTS, SOURCES, cache_folder, sources_hash
 from mamba_deploy.plugins.toolchain import find_cuda_headers
 
 __all__ = ["Device", "Launch", "Program", "compile_kernel", "current_device", "launch"]
@@ -92,15 +92,19 @@ def _describe(number: int) -> Device:
     return Device(*(int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted))
 
 
-def launch(launches: list[Launch], stream: int) -> None:
+def launch(launches: list[Launch], device: Device, stream: int) -> None:
     """Enqueue kernels one after the other; the first time each is compiled, or read from the cache.
+
+    Args:
+        launches: What is launched.
+        device: That of the current context.
+        stream: The cudaStream_t.
 
     Raises:
         PluginError: A kernel does not compile, or CUDA refuses it.
     """
     driver, _ = _bindings()
     context = int(_driver_call(driver.cuCtxGetCurrent()))
-    device = current_device()
     for one in launches:
         function = _function(context, one.source, one.kernel, one.shared, device.major * 10 + device.minor)
         grid, threads = (*one.grid, 1, 1)[:3], (*one.threads, 1, 1)[:3]
@@ -150,7 +154,7 @@ def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
         numbers = ".".join(map(str, version))
         raise PluginError(f"NVRTC {numbers} knows sm_{min(known)} and newer: this GPU is sm_{architecture}")
     headers = find_cuda_headers()
-    key = (_sources_hash(), source, kernel, target, version, _OPTIONS)
+    key = (_kernel_sources(), source, kernel, target, version, _OPTIONS)
     path = cache_folder() / "nvrtc" / hashlib.sha256(repr(key).encode()).hexdigest()
     found = _read(path)
     if found is None:
@@ -183,11 +187,8 @@ def _compile(source: str, kernel: str, target: str, headers: Path) -> Program:
 
 
 @cache
-def _sources_hash() -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh"), SOURCES / "mamba_kernels.h"]):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+def _kernel_sources() -> str:
+    return sources_hash(next(product for product in PRODUCTS if product.name == "kernels"))
 
 
 def _read(path: Path) -> Program | None:
@@ -200,13 +201,14 @@ def _read(path: Path) -> Program | None:
 
 def _write(path: Path, program: Program) -> None:
     """Whole or not at all; a cache that cannot be written costs time, not the launch."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(program.name + b"\n" + program.code)
-        os.replace(file.name, path)
+        partial.write_bytes(program.name + b"\n" + program.code)
+        partial.replace(path)
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _driver_call(answer: tuple[Any, ...]) -> Any:

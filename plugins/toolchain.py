@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -76,35 +76,65 @@ def find_compiler(cuda: Path | None = None) -> Compiler:
     Raises:
         PluginError: There is none, or it does not run.
     """
-    looked = []
-    for label, places in _nvcc_places(None if cuda is None else cuda.absolute()):
-        found = next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)
-        if found is not None:
-            return _describe_compiler(found.absolute())
-        looked.append(f"  {label}: " + (", ".join(f"no {place}" for place in places) or "nothing"))
-    raise PluginError(
-        "the CUDA compiler nvcc was not found; looked at\n" + "\n".join(looked),
+    found = _search(
+        "the CUDA compiler nvcc was not found",
+        _nvcc_places(None if cuda is None else cuda.absolute()),
+        lambda place: place.is_file() and os.access(place, os.X_OK),
         hint="install the CUDA toolkit (Jetson: sudo apt install nvidia-cuda-dev, or cuda-toolkit-12-6 and the like; "
         "elsewhere: https://developer.nvidia.com/cuda-downloads, or pip install nvidia-cuda-nvcc nvidia-cuda-crt "
         "nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl), then set CUDA_HOME or give --cuda DIR",
     )
+    return _describe_compiler(found)
+
+
+def _search(
+    problem: str, places: Iterable[tuple[str, list[Path]]], fits: Callable[[Path], bool], *, hint: str, file: str = ""
+) -> Path:
+    """The first place that fits, absolute; ``file`` is what is looked for in it.
+
+    Raises:
+        PluginError: There is none; it names every place.
+    """
+    looked = []
+    for label, candidates in places:
+        for place in candidates:
+            if fits(place):
+                return place.absolute()
+        looked.append(f"  {label}: " + (", ".join(f"no {place / file}" for place in candidates) or "nothing"))
+    raise PluginError(f"{problem}; looked at\n" + "\n".join(looked), hint=hint)
 
 
 def _nvcc_places(cuda: Path | None) -> Iterator[tuple[str, list[Path]]]:
     if cuda is not None:
         yield "--cuda", [cuda / "bin" / "nvcc", cuda / "nvcc", cuda]
         return
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        folder = os.environ.get(variable)
-        yield f"${variable}", [Path(folder) / "bin" / "nvcc"] if folder else []
+    yield from _below(_named_toolkits(), "bin/nvcc")
     on_path = shutil.which("nvcc")
     yield "PATH", [Path(on_path)] if on_path else []
+    yield from _below([_local_toolkits(), _wheels()], "bin/nvcc")
+
+
+def _below(toolkits: Iterable[tuple[str, list[Path]]], path: str) -> Iterator[tuple[str, list[Path]]]:
+    for label, folders in toolkits:
+        yield label, [folder / path for folder in folders]
+
+
+def _named_toolkits() -> Iterator[tuple[str, list[Path]]]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        folder = os.environ.get(variable)
+        yield f"${variable}", [Path(folder)] if folder else []
+
+
+def _local_toolkits() -> tuple[str, list[Path]]:
     local = _ROOT / "usr/local"
-    newest_first = sorted(local.glob("cuda-*"), key=_numbers, reverse=True)
-    yield str(local / "cuda*"), [folder / "bin" / "nvcc" for folder in (local / "cuda", *newest_first)]
+    return str(local / "cuda*"), [local / "cuda", *sorted(local.glob("cuda-*"), key=_numbers, reverse=True)]
+
+
+def _wheels() -> tuple[str, list[Path]]:
+    """CUDA 13's have one folder, nvidia/cu13; CUDA 12's one each, nvidia/cuda_runtime and so on."""
     packages = [Path(entry) / "nvidia" for entry in sys.path if entry.endswith("-packages")]
-    wheels = [toolkit for folder in packages for toolkit in sorted(folder.glob("cu*"), key=_numbers, reverse=True)]
-    yield "Python's packages", [toolkit / "bin" / "nvcc" for toolkit in wheels]
+    toolkits = [toolkit for folder in packages for toolkit in sorted(folder.glob("cu*"), key=_numbers, reverse=True)]
+    return "Python's packages", toolkits
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -137,29 +167,13 @@ def find_cuda_headers() -> Path:
     Raises:
         PluginError: There are none.
     """
-    looked = []
-    for label, places in _cuda_header_places():
-        for place in places:
-            if (place / "cuda_fp16.h").is_file():
-                return place
-        looked.append(f"  {label}: " + (", ".join(f"no {place / 'cuda_fp16.h'}" for place in places) or "nothing"))
-    raise PluginError(
-        "CUDA's headers were not found; looked at\n" + "\n".join(looked),
+    return _search(
+        "CUDA's headers were not found",
+        _below([_wheels(), *_named_toolkits(), _local_toolkits()], "include"),
+        lambda place: (place / "cuda_fp16.h").is_file(),
+        file="cuda_fp16.h",
         hint="pip install nvidia-cuda-runtime, for CUDA 12 nvidia-cuda-runtime-cu12",
     )
-
-
-def _cuda_header_places() -> Iterator[tuple[str, list[Path]]]:
-    packages = [Path(entry) / "nvidia" for entry in sys.path if entry.endswith("-packages")]
-    toolkits = [toolkit for folder in packages for toolkit in folder.glob("cu[0-9]*")]
-    wheels = [*sorted(toolkits, key=_numbers, reverse=True), *(folder / "cuda_runtime" for folder in packages)]
-    yield "Python's packages", [folder / "include" for folder in wheels]
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        folder = os.environ.get(variable)
-        yield f"${variable}", [Path(folder) / "include"] if folder else []
-    local = _ROOT / "usr/local"
-    newest_first = sorted(local.glob("cuda-*"), key=_numbers, reverse=True)
-    yield str(local / "cuda*"), [folder / "include" for folder in (local / "cuda", *newest_first)]
 
 
 def find_headers(include: Path | None = None) -> Headers:
@@ -171,18 +185,16 @@ def find_headers(include: Path | None = None) -> Headers:
     Raises:
         PluginError: There are none.
     """
-    looked = []
-    for label, places in _header_places(None if include is None else include.absolute()):
-        for place in places:
-            if (place / "NvInfer.h").is_file() and (place / "NvInferVersion.h").is_file():
-                return _describe_headers(place.absolute())
-        looked.append(f"  {label}: " + (", ".join(f"no {place / 'NvInfer.h'}" for place in places) or "nothing"))
-    raise PluginError(
-        "the C++ headers of TensorRT were not found; looked at\n" + "\n".join(looked),
+    found = _search(
+        "the C++ headers of TensorRT were not found",
+        _header_places(None if include is None else include.absolute()),
+        lambda place: (place / "NvInfer.h").is_file() and (place / "NvInferVersion.h").is_file(),
+        file="NvInfer.h",
         hint="unpack the TensorRT SDK (https://developer.nvidia.com/tensorrt) and set TENSORRT_ROOT or give "
         "--tensorrt-include DIR; Jetson, Debian: sudo apt install libnvinfer-dev; pip's wheels carry no headers. "
         "The kernels alone need none: --kernels-only",
     )
+    return _describe_headers(found)
 
 
 def _header_places(include: Path | None) -> Iterator[tuple[str, list[Path]]]:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write"]
+__all__ = ["output", "write"]
 
 
 def write(
@@ -55,16 +55,16 @@ def write(
 
 
 def _nvidia(what: str) -> str:
-    return _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
+    return output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
 
 
 def _commit() -> str:
     """Of this clone, or what GIT_COMMIT says where there is but a copy of its files."""
-    return os.environ.get("GIT_COMMIT") or _output(["git", "rev-parse", "--short", "HEAD"])
+    return os.environ.get("GIT_COMMIT") or output(["git", "rev-parse", "--short", "HEAD"])
 
 
-def _output(command: list[str]) -> str:
-    """Empty where the program is missing or fails."""
+def output(command: list[str]) -> str:
+    """What a program prints, stripped; nothing where it is missing."""
     here = Path(__file__).resolve().parent
     try:
         return subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout.strip()

@@ -67,7 +67,7 @@ def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) 
             rows = [row for row in before["rows"] if row["name"] not in names] + rows
             versions = before["versions"]
         if engines:
-            versions["tensorrt"] = _output([engines, "-c", "import tensorrt; print(tensorrt.__version__)"])
+            versions["tensorrt"] = measured.output([engines, "-c", "import tensorrt; print(tensorrt.__version__)"])
         packages = ("mamba-deploy", "numpy", "pytest", "torch")
         measured.write(write, rows, machine="", packages=packages, versions=versions, on_gpu=True)
     sys.exit(failed)
@@ -103,13 +103,6 @@ def _run(file: str, tool: str, python: list[str], scratch: Path) -> dict[str, An
         notes.insert(0, "no errors")
     name = f"{tool}/{file}" if tool else file
     return {"name": name, "value": passed, "unit": "tests passed", "limit": None, "peers": {}, "note": "; ".join(notes)}
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 if __name__ == "__main__":

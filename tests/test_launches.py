@@ -301,12 +301,11 @@ def test_a_launch_with_less_shared_memory_does_not_spoil_one_with_more(monkeypat
     modules: list[bytes] = []
     driver = fake_driver(modules)
     monkeypatch.setattr(nvrtc, "_bindings", lambda: (driver, None))
-    monkeypatch.setattr(nvrtc, "current_device", lambda: DEVICES[0])
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda *of: nvrtc.Program(b"name", repr(of).encode()))
     monkeypatch.setattr(nvrtc, "_allowed", {})
     nvrtc._loaded.cache_clear()
     for shared in (100_000, 60_000, 100_000, 0, 200_000, 100_000):
-        nvrtc.launch([Launch("a.cu", "mamba::kernel", (1,), (32,), shared, (ctypes.c_int32(0),))], 0)
+        nvrtc.launch([Launch("a.cu", "mamba::kernel", (1,), (32,), shared, (ctypes.c_int32(0),))], DEVICES[0], 0)
     nvrtc._loaded.cache_clear()
     assert len(modules) == 1
 

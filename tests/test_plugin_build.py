@@ -28,7 +28,7 @@ from click.testing import CliRunner
 
 from mamba_deploy import cli
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import build, kernels, toolchain
+from mamba_deploy.plugins import build, kernels, nvrtc, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("causal_conv1d.cu", "last_token.cu", "selective_scan.cu", "ssd_scan.cu")
@@ -973,12 +973,9 @@ class Address:
 
 # What NVRTC has not: the C and C++ headers of a host, and the calls of the CUDA runtime that launch.
 NVRTC_HEADERS = {
-    "stddef.h": "",
-    "string.h": "",
-    "stdint.h": """
-        typedef signed char int8_t; typedef short int16_t; typedef int int32_t; typedef long int64_t;
-        typedef unsigned char uint8_t; typedef unsigned short uint16_t; typedef unsigned int uint32_t;
-        typedef unsigned long uint64_t; typedef unsigned long uintptr_t;
+    **nvrtc._HEADERS,
+    "stdint.h": nvrtc._HEADERS["stdint.h"]
+    + """
         #define INT32_MAX 2147483647
         #define INT64_MAX 9223372036854775807l
         #define UINT32_MAX 4294967295u""",
