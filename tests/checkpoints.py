@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,17 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["codestral", "config_class", "hugging_face", "native_mamba2", "random_model", "save_weights", "state_spaces"]
+__all__ = [
+    "DAMAGED",
+    "VARIANTS",
+    "codestral",
+    "config_class",
+    "hugging_face",
+    "native_mamba2",
+    "random_model",
+    "save_weights",
+    "state_spaces",
+]
 
 transformers.logging.set_verbosity_error()  # it warns that it runs without CUDA kernels
 transformers.logging.disable_progress_bar()
@@ -286,3 +297,43 @@ def _official(model: PreTrainedModel, multiple: int) -> dict[str, Tensor]:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+# Options of the fixture ``bundle``: both generations, both kinds of logits, every dtype of weights and of the state.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mamba": {"kind": "mamba"},
+    "mamba2": {"kind": "mamba2"},
+    "mamba-all-logits": {"kind": "mamba", "all_logits": True},
+    "mamba2-all-logits": {"kind": "mamba2", "all_logits": True},
+    "mamba-fp16-with-its-state": {"kind": "mamba", "dtype": "float16", "state_dtype": "float16"},
+    "mamba2-fp16": {"kind": "mamba2", "dtype": "float16"},
+    "mamba-bf16": {"kind": "mamba", "dtype": "bfloat16"},
+    "mamba2-bf16-with-its-state": {"kind": "mamba2", "dtype": "bfloat16", "state_dtype": "bfloat16"},
+    "mamba-bf16-state": {"kind": "mamba", "state_dtype": "bfloat16"},
+}
+
+
+def _truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _spoil_a_number(path: Path) -> None:
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    tensors["backbone.layers.0.mixer.D"][1] = float("nan")
+    safetensors.torch.save_file(tensors, path / "model.safetensors")
+
+
+def _add_a_key(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rotary_base": 1e4}))
+
+
+# What damages a Hugging Face directory, and what is said of it by whatever reads it.
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated weights": (_truncate, "model.safetensors cannot be read"),
+    "weights missing": (lambda path: (path / "model.safetensors").unlink(), "holds no weights"),
+    "config missing": (lambda path: (path / "config.json").unlink(), "has neither config.json nor params.json"),
+    "not a number": (_spoil_a_number, "'layers.0.mixer.D' holds values that are not finite"),
+    "unknown key": (_add_a_key, "'rotary_base'"),
+}

@@ -417,35 +417,15 @@ def test_export_over_a_file(checkpoint: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "x"
 
 
-def truncated(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def not_a_number(path: Path) -> None:
-    tensors = safetensors.torch.load_file(path / "model.safetensors")
-    tensors["backbone.layers.0.mixer.D"][1] = float("nan")
-    safetensors.torch.save_file(tensors, path / "model.safetensors")
-
-
 def tensor_too_few(path: Path) -> None:
     tensors = safetensors.torch.load_file(path / "model.safetensors")
     del tensors["backbone.layers.0.mixer.D"]
     safetensors.torch.save_file(tensors, path / "model.safetensors")
 
 
-def unknown_key(path: Path) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"rotary_base": 1e4}))
-
-
 DAMAGED_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated weights": (truncated, "model.safetensors cannot be read"),
-    "weights missing": (lambda path: (path / "model.safetensors").unlink(), "holds no weights"),
-    "config missing": (lambda path: (path / "config.json").unlink(), "has neither config.json nor params.json"),
-    "not a number": (not_a_number, "'layers.0.mixer.D' holds values that are not finite"),
+    **checkpoints.DAMAGED,
     "tensor too few": (tensor_too_few, "'layers.0.mixer.D' [4] is missing"),
-    "unknown key": (unknown_key, "'rotary_base'"),
     "damaged tokenizer": (lambda path: (path / "tokenizer.json").write_text("{}"), "cannot be read as a tokenizer"),
     "everything missing": (shutil.rmtree, "there is no directory"),
 }

@@ -14,7 +14,6 @@ import checkpoints
 import numpy as np
 import onnx
 import pytest
-import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
@@ -101,29 +100,9 @@ def test_dtypes_of_a_half_precision_checkpoint(tmp_path: Path) -> None:
     assert facts_of(path)["stored_dtypes"] == {"bfloat16": 20, "float32": 2}  # A of both layers is folded in float32
 
 
-def truncated_weights(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def not_a_number(path: Path) -> None:
-    tensors = safetensors.torch.load_file(path / "model.safetensors")
-    tensors["backbone.layers.0.mixer.D"][1] = float("nan")
-    safetensors.torch.save_file(tensors, path / "model.safetensors")
-
-
-def unknown_key(path: Path) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"rotary_base": 1e4}))
-
-
 DAMAGED_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated weights": (truncated_weights, "model.safetensors cannot be read"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), "holds no weights"),
-    "no config": (lambda path: (path / "config.json").unlink(), "has neither config.json nor params.json"),
+    **checkpoints.DAMAGED,
     "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-    "not a number": (not_a_number, "'layers.0.mixer.D' holds values that are not finite"),
-    "unknown key": (unknown_key, "'rotary_base'"),
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints import VARIANTS
 from onnx import TensorProto
 
 from mamba_deploy.bundle import LOWERED, PORTABLE, WEIGHTS
@@ -24,17 +25,6 @@ from mamba_deploy.exporters.lowering import lower_for_cpu
 from mamba_deploy.runtime.ort import OrtBackend
 
 GENERATIONS = ["mamba", "mamba2"]
-CASES: dict[str, dict[str, Any]] = {
-    "mamba": {"kind": "mamba"},
-    "mamba2": {"kind": "mamba2"},
-    "mamba-all-logits": {"kind": "mamba", "all_logits": True},
-    "mamba2-all-logits": {"kind": "mamba2", "all_logits": True},
-    "mamba-fp16-with-its-state": {"kind": "mamba", "dtype": "float16", "state_dtype": "float16"},
-    "mamba2-fp16": {"kind": "mamba2", "dtype": "float16"},
-    "mamba-bf16": {"kind": "mamba", "dtype": "bfloat16"},
-    "mamba2-bf16-with-its-state": {"kind": "mamba2", "dtype": "bfloat16", "state_dtype": "bfloat16"},
-    "mamba-fp32-with-bf16-state": {"kind": "mamba", "state_dtype": "bfloat16"},
-}
 
 
 def read(path: Path, graph: str = LOWERED) -> onnx.ModelProto:
@@ -50,9 +40,9 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from all_nodes(inner)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_no_op_of_ours_is_left(bundle, name):
-    model = read(bundle(**CASES[name]).path)
+    model = read(bundle(**VARIANTS[name]).path)
     domains = {node.domain for node in all_nodes(model.graph)}
     assert not model.functions
     assert functions.DOMAIN not in domains | {o.domain for o in model.opset_import}
@@ -63,16 +53,16 @@ def test_no_op_of_ours_is_left(bundle, name):
 @pytest.mark.parametrize("name", ["mamba2", "mamba2-fp16", "mamba2-bf16-with-its-state"])
 def test_mamba2_runs_through_linear_attention(bundle, name):
     """In each layer once for a step and once for a prompt; no loop over tokens is left."""
-    nodes = list(all_nodes(read(bundle(**CASES[name]).path).graph))
+    nodes = list(all_nodes(read(bundle(**VARIANTS[name]).path).graph))
     contrib = [node.op_type for node in nodes if node.domain == "com.microsoft"]
     assert contrib == ["LinearAttention"] * 4
     assert "Scan" not in {node.op_type for node in nodes}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_both_graphs_read_the_same_weights(bundle, name):
     """To the byte range, by the same names; the lowered graph carries no weights of its own."""
-    made = bundle(**CASES[name])
+    made = bundle(**VARIANTS[name])
 
     def placed(graph: str) -> dict[str, Any]:
         return {
@@ -90,10 +80,10 @@ def test_both_graphs_read_the_same_weights(bundle, name):
         assert all(a.t.ByteSize() < 1024 for a in node.attribute), node.name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_inputs_and_outputs_are_the_contract(bundle, name):
     """As those of model.onnx, which test_onnx_export.py compares with the design."""
-    made = bundle(**CASES[name])
+    made = bundle(**VARIANTS[name])
     model = read(made.path)
     for values, specs in (
         (model.graph.input, made.bundle.contract.inputs),
@@ -108,28 +98,12 @@ def test_inputs_and_outputs_are_the_contract(bundle, name):
         assert found == wanted
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_answers_are_those_of_pytorch(bundle, run_onnx, name):
     """Half precision is widened: its logits are held to the tolerance of float32, and states to one rounding more."""
-    made = bundle(**CASES[name])
+    made = bundle(**VARIANTS[name])
     for feeds in (made.feeds(1, 1), made.feeds(3, 1, [1, 0, 1]), made.feeds(4, 13, [13, 0, 6, 1]), made.feeds(2, 2)):
         made.check(run_onnx(made.path / LOWERED, feeds), feeds)
-
-
-@pytest.mark.parametrize("seq", [1, 2, 37])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-@pytest.mark.parametrize("kind", GENERATIONS)
-def test_any_batch_and_length_from_one_file(bundle, run_onnx, kind, batch, seq):
-    made = bundle(kind)
-    feeds = made.feeds(batch, seq)
-    made.check(run_onnx(made.path / LOWERED, feeds), feeds)
-
-
-@pytest.mark.parametrize("kind", GENERATIONS)
-def test_long_prompt(bundle, run_onnx, kind):
-    made = bundle(kind)
-    feeds = made.feeds(2, 2048, [2048, 1500])
-    made.check(run_onnx(made.path / LOWERED, feeds), feeds)
 
 
 @pytest.mark.parametrize("kind", GENERATIONS)
@@ -147,10 +121,10 @@ def test_prompt_then_steps_is_the_whole(bundle, run_onnx, kind):
     made.check(found, whole)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "all-logits" not in name])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "all-logits" not in name])
 def test_states_bound_by_address(bundle, name):
     """As the runtime feeds it, through I/O binding; bfloat16 travels as uint16."""
-    made = bundle(**CASES[name])
+    made = bundle(**VARIANTS[name])
     contract = made.bundle.contract
     backend = OrtBackend(made.path / LOWERED, contract, threads=1)
     feeds = made.feeds(3, 5, [5, 2, 0])

@@ -384,17 +384,19 @@ def test_nothing_tells_where_it_was_made(bundle, kind):
 @pytest.mark.parametrize("seq", [1, 2, 37])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("kind", GENERATIONS)
-def test_any_batch_and_length_from_one_file(bundle, run_onnx, kind, batch, seq):
+@pytest.mark.parametrize("graph", [PORTABLE, LOWERED])
+def test_any_batch_and_length_from_one_file(bundle, run_onnx, graph, kind, batch, seq):
     made = bundle(kind)
     feeds = made.feeds(batch, seq)
-    made.check(run_onnx(made.path / PORTABLE, feeds), feeds)
+    made.check(run_onnx(made.path / graph, feeds), feeds)
 
 
 @pytest.mark.parametrize("kind", GENERATIONS)
-def test_long_prompt(bundle, run_onnx, kind):
+@pytest.mark.parametrize("graph", [PORTABLE, LOWERED])
+def test_long_prompt(bundle, run_onnx, graph, kind):
     made = bundle(kind)
     feeds = made.feeds(2, 2048, [2048, 1500])
-    made.check(run_onnx(made.path / PORTABLE, feeds), feeds)
+    made.check(run_onnx(made.path / graph, feeds), feeds)
 
 
 @pytest.mark.parametrize("kind", GENERATIONS)

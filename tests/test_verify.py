@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints import VARIANTS
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
@@ -416,20 +417,9 @@ def test_verification_prompts() -> None:
 
 # --- right bundles ------------------------------------------------------------------------------------------------
 
-BUNDLES: dict[str, dict[str, Any]] = {
-    "mamba": {"kind": "mamba"},
-    "mamba2": {"kind": "mamba2"},
-    "mamba-all-logits": {"kind": "mamba", "all_logits": True},
-    "mamba2-all-logits": {"kind": "mamba2", "all_logits": True},
-    "mamba-fp16-with-its-state": {"kind": "mamba", "dtype": "float16", "state_dtype": "float16"},
-    "mamba2-fp16": {"kind": "mamba2", "dtype": "float16"},
-    "mamba-bf16": {"kind": "mamba", "dtype": "bfloat16"},
-    "mamba2-bf16-with-its-state": {"kind": "mamba2", "dtype": "bfloat16", "state_dtype": "bfloat16"},
-    "mamba-bf16-state": {"kind": "mamba", "state_dtype": "bfloat16"},
-}
 RUNNABLE = [
     (name, how)
-    for name, options in BUNDLES.items()
+    for name, options in VARIANTS.items()
     for how in HOWS
     if not (how == "portable" and options.get("dtype") == "bfloat16")  # no bfloat16 kernels in ONNX Runtime's CPU part
 ]
@@ -437,7 +427,7 @@ RUNNABLE = [
 
 @pytest.mark.parametrize(("name", "how"), RUNNABLE)
 def test_a_right_bundle_passes(bundle: Bundles, name: str, how: str) -> None:
-    report = report_of(bundle(**BUNDLES[name]).path, how)
+    report = report_of(bundle(**VARIANTS[name]).path, how)
     assert report.passed, report.table()
     assert len(report.checks) == len(CHECKS)
     logits = report.checks[0 if how != "torch" else 1]
@@ -625,7 +615,7 @@ HALF_PLANTS: dict[str, Callable[[onnx.ModelProto], None]] = {
 def test_the_wider_tolerance_of_half_precision_still_catches_them(
     bundle: Bundles, name: str, plant: str, tmp_path: Path
 ) -> None:
-    path = planted(bundle(**BUNDLES[name]), tmp_path / "out", HALF_PLANTS[plant])
+    path = planted(bundle(**VARIANTS[name]), tmp_path / "out", HALF_PLANTS[plant])
     assert not report_of(path, "lowered").passed
 
 
@@ -685,7 +675,7 @@ def test_command_with_the_checkpoint(bundle: Bundles) -> None:
 @pytest.mark.parametrize("name", ["mamba2-fp16", "mamba-bf16"])
 def test_command_with_the_checkpoint_of_a_half_precision_bundle(bundle: Bundles, name: str) -> None:
     """PyTorch is asked with the weights rounded as they were exported."""
-    exported = bundle(**BUNDLES[name])
+    exported = bundle(**VARIANTS[name])
     done = command(exported.path, "--checkpoint", exported.checkpoint)
     assert done.exit_code == 0, done.output
 
