@@ -224,9 +224,6 @@ def _answers(bundle: Any, checkpoint: str | None) -> Answers:
 def _open(out: Path, backend: str, threads: int | None, graph: str = "auto") -> Session:
     from mamba_deploy.runtime.session import Session
 
-    if backend == "torch":
-        require("torch", extra="export", why="run the PyTorch reference")
-        require("onnx_ir", extra="export", why="read the weights of an ONNX file")
     return Session.open(out, backend, threads=threads, graph=graph)  # type: ignore[arg-type]
 
 
