@@ -25,6 +25,7 @@ __all__ = [
     "Kernels",
     "MambaCausalConv1d",
     "MambaLastToken",
+    "MambaSampleToken",
     "MambaSelectiveScan",
     "MambaSsdScan",
     "RuntimeKernels",
@@ -33,6 +34,7 @@ __all__ = [
 
 WORKSPACE_ALIGNMENT = 256
 MAX_LENGTH = 2**20
+MAX_VOCAB = 2**20
 _INT32_MAX = 2**31 - 1
 _CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _FLOATS = "float32, float16 or bfloat16"
@@ -129,11 +131,21 @@ class MambaLastToken(ctypes.Structure):
     _fields_ = _fields("batch length width dtype", "x seq_lens y")
 
 
+class MambaSampleToken(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch vocab capacity top_k endings",
+        "logits uniform eos_ids steps tokens log seq_lens",
+        floats="temperature top_p min_p",
+    )
+
+
 # --- what each op takes ------------------------------------------------------------------------------------------
 
 
 class _Argument(NamedTuple):
-    """An array of an op, as ``rules`` has it."""
+    """An array of an op."""
 
     name: str  # what the caller calls it
     field: str  # in the struct
@@ -160,7 +172,21 @@ def _op(struct: type[ctypes.Structure], rule: Op) -> _Op:
 
 _STRUCTS = (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken)
 _OPS = {OPS[struct.__name__].kernel: _op(struct, OPS[struct.__name__]) for struct in _STRUCTS}
-_LIMITS = {"K": (2, 8), "N": (1, 256), "L": (1, MAX_LENGTH)}
+# No operator of a graph, so ``rules`` has not heard of it.
+_OPS["sample_token"] = _Op(
+    MambaSampleToken,
+    {"B": "batch", "V": "vocab", "capacity": "capacity", "endings": "endings"},
+    (
+        _Argument("logits", "logits", Tensor("logits", "float32", ("B", "V"))),
+        _Argument("uniform", "uniform", Tensor("uniform", "float64", ("capacity", "B"), optional=True)),
+        _Argument("eos_ids", "eos_ids", Tensor("eos_ids", "int32", ("endings",), optional=True)),
+        _Argument("steps", "steps", Tensor("steps", "int32", ("B",)), output=True),
+        _Argument("tokens", "tokens", Tensor("tokens", "int32", ("B",)), output=True),
+        _Argument("log", "log", Tensor("log", "int32", ("capacity", "B"), optional=True), output=True),
+        _Argument("seq_lens", "seq_lens", Tensor("seq_lens", "int32", ("B",), optional=True), output=True),
+    ),
+)
+_LIMITS = {"K": (2, 8), "N": (1, 256), "L": (1, MAX_LENGTH), "V": (1, MAX_VOCAB)}
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -186,6 +212,8 @@ def _check_name(name: str, dtype: str) -> str:
 
 def _check_dtype(array: Array, expected: str, said: bool) -> None:
     if array.dtype == expected or (array.dtype == "uint16" and expected == "bfloat16" and said):
+        return
+    if array.dtype == "<f8" and expected == "float64":
         return
     hint = _BFLOAT16_HINT if array.dtype == "uint16" and expected == "bfloat16" else ""
     raise PluginError(f"{array.name} is {array.dtype}: expected {expected}", hint=hint)
@@ -377,11 +405,68 @@ class Kernels:
         """``ops.last_token``: x [B, L, d], seq_lens [B], y [B, d]."""
         self._run("last_token", (x, seq_lens, y), {}, workspace, stream, dtype)
 
+    def sample_token(
+        self,
+        logits: Any,
+        uniform: Any,
+        *,
+        steps: Any,
+        tokens: Any,
+        log: Any,
+        seq_lens: Any = None,
+        eos_ids: Any = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stream: Any = 0,
+    ) -> None:
+        """Pick each row's next token as ``runtime.sampling`` does, without a repetition penalty.
+
+        Row b has been sampled ``i = steps[b]`` times, to which 1 is added. The id that ``uniform[i % capacity, b]``
+        draws goes to ``tokens[b]`` and to ``log[i % capacity, b]``; a row with a logit that is NaN or infinite has 0 in
+        tokens and -1 in log.
+
+        Args:
+            logits: float32 [B, V].
+            uniform: float64 [capacity, B], in [0, 1); may be None where temperature is 0.
+            steps: int32 [B].
+            tokens: int32 [B].
+            log: int32 [capacity, B], or None. It and uniform may be host memory that the device sees.
+            seq_lens: int32 [B], or None. A row with 0 is left alone; one that picks an id of eos_ids is set to 0.
+            eos_ids: int32 [any], or None.
+            temperature: As in ``Sampling``, like the next three, which are rounded to float32.
+            top_k: 0 is off.
+            top_p: 1 is off.
+            min_p: 0 is off.
+            stream: As in every call.
+        """
+        temperature, top_p, min_p = (c_float(value).value for value in (temperature, top_p, min_p))
+        for name, value, allowed, inside in (
+            ("temperature", temperature, "a finite number, 0 (greedy) or above", 0 <= temperature < math.inf),
+            ("top_k", top_k, f"0 (off) to {_INT32_MAX}", 0 <= top_k <= _INT32_MAX),
+            ("top_p", top_p, "a number above 0 and at most 1 (off)", 0 < top_p <= 1),
+            ("min_p", min_p, "a number from 0 (off) to 1", 0 <= min_p <= 1),
+        ):
+            if not inside:
+                raise PluginError(f"{name} is {value}: expected {allowed}")
+        if uniform is None and temperature > 0:
+            raise PluginError(f"uniform is None: expected an array, as temperature is {temperature}")
+        constants = {
+            "capacity": 1,
+            "endings": 0,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+        }
+        self._run("sample_token", (logits, uniform, eos_ids, steps, tokens, log, seq_lens), constants, None, stream)
+
     def workspace_bytes(self, op: str, *, dtype: str = "float32", state_dtype: str = "float32", **sizes: int) -> int:
         """Bytes of scratch memory that a call of these sizes needs.
 
         Args:
-            op: ``causal_conv1d``, ``selective_scan``, ``ssd_scan`` or ``last_token``.
+            op: ``causal_conv1d``, ``selective_scan``, ``ssd_scan``, ``last_token`` or ``sample_token``.
             dtype: Of x.
             state_dtype: Of ssm_state.
             **sizes: Every size in the op's struct by its name there: batch, length, channels and so on.
@@ -406,7 +491,7 @@ class Kernels:
         constants: Mapping[str, Any],
         workspace: Any,
         stream: Any,
-        dtype: str | None,
+        dtype: str | None = None,
         state_dtype: str | None = None,
     ) -> None:
         op = _OPS[name]
@@ -417,7 +502,9 @@ class Kernels:
                 arrays[argument.name] = as_array(argument.name, values[argument.field])
             elif not argument.tensor.optional:
                 raise PluginError(f"{argument.name} is None: expected an array")
-        types = {"T": _float_dtype(arrays["x"], "dtype", dtype)}
+        types = {}
+        if "x" in arrays:
+            types["T"] = _float_dtype(arrays["x"], "dtype", dtype)
         if "ssm_state" in arrays:
             types["S"] = _float_dtype(arrays["ssm_state"], "state_dtype", state_dtype)
         said = {"T": dtype is not None, "S": state_dtype is not None}
@@ -440,7 +527,7 @@ class Kernels:
         for argument in op.arguments:
             if argument.name in arrays:
                 setattr(call, argument.field, arrays[argument.name].pointer)
-        _set_dtypes(call, types["T"], types.get("S", "float32"))
+        _set_dtypes(call, types.get("T", "float32"), types.get("S", "float32"))
 
         allowed = {argument.name: argument.may_be for argument in op.arguments if argument.output}
         needed = self._workspace_bytes(name, call)
@@ -480,9 +567,9 @@ class RuntimeKernels(Kernels):
 
 
 def _set_dtypes(call: ctypes.Structure, dtype: str, state_dtype: str) -> None:
-    call.dtype = _CODES[dtype]
-    if hasattr(call, "state_dtype"):
-        call.state_dtype = _CODES[state_dtype]
+    for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
+        if hasattr(call, name):
+            setattr(call, name, _CODES[value])
 
 
 def _cuda_error(op: str, code: int) -> PluginError:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
-__all__ = ["causal_conv1d", "last_token", "selective_scan", "ssd_scan", "workspace_bytes"]
+__all__ = ["causal_conv1d", "last_token", "sample_token", "selective_scan", "ssd_scan", "workspace_bytes"]
 
 _TYPES = ("float", "__half", "__nv_bfloat16")  # by their numbers in mamba_kernels.h
 _BYTES = (4, 2, 2)
@@ -70,6 +70,15 @@ def last_token(call: Any, workspace: int, device: Device) -> list[Launch]:
     pointers = tuple(c_void_p(p) for p in (call.x, call.seq_lens, call.y))
     arguments = (*pointers, c_int32(call.batch), c_int32(call.length), c_int32(words))
     return [Launch("last_token.cu", _kernel("last", "last_token_kernel", word), grid, (128,), 0, arguments)]
+
+
+# --- sample_token.cu ---------------------------------------------------------------------------------------------
+
+
+def sample_token(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``sample_token.cu``: call is its struct; workspace is not used."""
+    name = _kernel("sample", "sample_token_kernel", call.temperature == 0)
+    return [Launch("sample_token.cu", name, (min(call.batch, _MAX_GRID_Y),), (1024,), 0, (call,))]
 
 
 # --- selective_scan.cu -------------------------------------------------------------------------------------------

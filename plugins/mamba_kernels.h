@@ -74,18 +74,38 @@ typedef struct MambaLastToken {
     void* y;                 /* [B, d] T */
 } MambaLastToken;
 
+/* Row b has been sampled i = steps[b] times, to which 1 is added. It reads uniform and writes log at [i % capacity, b],
+ * which may lie in host memory that the device sees. A row with a logit that is NaN or infinite has -1 in log and 0 in
+ * tokens. What is kept of the vocabulary, and the order of the filters, is that of runtime/sampling.py. */
+typedef struct MambaSampleToken {
+    int32_t batch, vocab, capacity; /* B, V (1 to 2^20), steps that uniform and log have room for */
+    int32_t top_k;                  /* 0: off */
+    int32_t endings;                /* ids that end a row */
+    float temperature;              /* 0: greedy, the lowest id of equals */
+    float top_p, min_p;             /* in (0, 1], 1: off; in [0, 1], 0: off */
+    const float* logits;            /* [B, V] */
+    const double* uniform;          /* [capacity, B], in [0, 1); may be null where temperature is 0 */
+    const int32_t* eos_ids;         /* [endings], or null */
+    int32_t* steps;                 /* [B] */
+    int32_t* tokens;                /* [B] */
+    int32_t* log;                   /* [capacity, B], or null */
+    int32_t* seq_lens;              /* [B], or null; a row where it is 0 is left alone, one that ends is set to 0 */
+} MambaSampleToken;
+
 /* Bytes of scratch memory, 256-byte aligned, that a call with these sizes and dtypes needs; pointers are not looked at.
  * It never shrinks as length grows. It may as batch grows: with fewer rows a prompt is cut into more parts. */
 size_t mamba_causal_conv1d_workspace(const MambaCausalConv1d* call);
 size_t mamba_selective_scan_workspace(const MambaSelectiveScan* call);
 size_t mamba_ssd_scan_workspace(const MambaSsdScan* call);
 size_t mamba_last_token_workspace(const MambaLastToken* call);
+size_t mamba_sample_token_workspace(const MambaSampleToken* call);
 
 /* stream is a cudaStream_t. An unknown dtype or a size out of range is cudaErrorInvalidValue. */
 int mamba_causal_conv1d(const MambaCausalConv1d* call, void* workspace, void* stream);
 int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* stream);
 int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream);
 int mamba_last_token(const MambaLastToken* call, void* workspace, void* stream);
+int mamba_sample_token(const MambaSampleToken* call, void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, Protocol
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_deploy.errors import InputError
-from mamba_deploy.runtime.sampling import Sampler, Sampling, make_sampler
+from mamba_deploy.runtime.sampling import Sampler, Sampling
 from mamba_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
 __all__ = ["Decoder", "FinishReason", "Statistics", "Token", "generate"]
@@ -32,6 +32,30 @@ class Decoder(Protocol):
             mean nothing.
         """
         ...
+
+
+class Ahead(Protocol):
+    """Decoding that goes on without the host, which reads the tokens behind: :mod:`mamba_deploy.runtime.ahead`."""
+
+    def next(self) -> NDArray[np.int32]:
+        """The tokens [B] after the next step."""
+        ...
+
+    def row_has_ended(self, row: int) -> None:
+        """With one of the tokens that end a row."""
+        ...
+
+    def end_row(self, row: int) -> None:
+        """For a reason that the device does not know."""
+        ...
+
+    def close(self) -> None:
+        """Leave the state after the steps that were asked for."""
+        ...
+
+
+# tokens (-1: a row that has ended), sampling, ids that end a row, steps at most, random number for a row; or it cannot
+StartAhead = Callable[[Sequence[int], Sampling, Sequence[int], int, Callable[[int], float]], "Ahead | None"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,7 @@ def generate(
     stop: Sequence[str] = (),
     tokenizer: Tokenizer | None = None,
     statistics: Statistics | None = None,
+    ahead: StartAhead | None = None,
 ) -> Iterator[Token]:
     """Continue each prompt until its row ends.
 
@@ -116,6 +141,7 @@ def generate(
         stop: Strings that end a row; they need a tokenizer.
         tokenizer: Without it the tokens have no text.
         statistics: To be filled in.
+        ahead: Starts decoding on the device, where the decoder can; see :class:`Ahead`.
 
     Returns:
         An iterator over the tokens of all rows: in the order of the rows within a step, ended rows left out.
@@ -148,12 +174,12 @@ def generate(
             history=prompt,
             end=len(prompt) + max_tokens,
             eos_ids=frozenset(_checked_ids(eos_ids, "eos_ids")),
-            sample=make_sampler(sampling, row),
+            sample=Sampler(sampling, row),
             text=None if tokenizer is None else _Text(Detokenizer(tokenizer), tuple(stop)),
         )
         for row, prompt in enumerate(checked)
     ]
-    return _steps(decoder, rows, Statistics() if statistics is None else statistics)
+    return _steps(decoder, rows, Statistics() if statistics is None else statistics, ahead, sampling)
 
 
 def _checked_ids(ids: Any, name: str) -> list[int]:
@@ -166,7 +192,9 @@ def _checked_ids(ids: Any, name: str) -> list[int]:
     return [int(token_id) for token_id in checked]
 
 
-def _steps(decoder: Decoder, rows: Sequence[_Row], statistics: Statistics) -> Iterator[Token]:
+def _steps(
+    decoder: Decoder, rows: Sequence[_Row], statistics: Statistics, ahead: StartAhead | None, sampling: Sampling
+) -> Iterator[Token]:
     start = time.perf_counter()
     logits = decoder.prefill([list(row.history) for row in rows])
     statistics.prompt_seconds += time.perf_counter() - start
@@ -175,13 +203,66 @@ def _steps(decoder: Decoder, rows: Sequence[_Row], statistics: Statistics) -> It
     tokens = [row.next_token(logits[row.index]) for row in rows]
     statistics.generated_tokens += len(tokens)
     yield from tokens
-    while any(row.is_running for row in rows):
+    if not any(row.is_running for row in rows):
+        return
+    step: _HostStep | _AheadStep = _HostStep(decoder)
+    if ahead is not None:
         start = time.perf_counter()
-        logits = decoder.prefill([row.history[-1:] if row.is_running else [] for row in rows])
-        tokens = [row.next_token(logits[row.index]) for row in rows if row.is_running]
+        step = _start_ahead(ahead, rows, sampling) or step
         statistics.decode_seconds += time.perf_counter() - start
-        statistics.generated_tokens += len(tokens)
-        yield from tokens
+    try:
+        while any(row.is_running for row in rows):
+            start = time.perf_counter()
+            tokens = step(rows)
+            statistics.decode_seconds += time.perf_counter() - start
+            statistics.generated_tokens += len(tokens)
+            yield from tokens
+    finally:
+        step.close()
+
+
+class _HostStep:
+    """A step whose logits come to the host, which chooses."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __call__(self, rows: Sequence[_Row]) -> list[Token]:
+        logits = self._decoder.prefill([row.history[-1:] if row.is_running else [] for row in rows])
+        return [row.next_token(logits[row.index]) for row in rows if row.is_running]
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+class _AheadStep:
+    """A step that was done on the device, and more of them after it."""
+
+    def __init__(self, ahead: Ahead) -> None:
+        self._ahead = ahead
+
+    def __call__(self, rows: Sequence[_Row]) -> list[Token]:
+        chosen = self._ahead.next()
+        tokens = []
+        for row in rows:
+            if row.is_running:
+                tokens.append(row.take(int(chosen[row.index])))
+                if tokens[-1].finish_reason == "eos":
+                    self._ahead.row_has_ended(row.index)
+                elif not row.is_running:
+                    self._ahead.end_row(row.index)
+        return tokens
+
+    def close(self) -> None:
+        """Take back what is too much."""
+        self._ahead.close()
+
+
+def _start_ahead(start: StartAhead, rows: Sequence[_Row], sampling: Sampling) -> _AheadStep | None:
+    tokens = [row.history[-1] if row.is_running else -1 for row in rows]
+    limit = max(row.end - len(row.history) for row in rows)
+    started = start(tokens, sampling, sorted(rows[0].eos_ids), limit, lambda row: rows[row].sample.draw())
+    return None if started is None else _AheadStep(started)
 
 
 @dataclass
@@ -199,7 +280,10 @@ class _Row:
 
     def next_token(self, logits: NDArray[np.float32]) -> Token:
         """Choose a token from logits [V] and find out whether the row ends with it."""
-        token_id = self.sample(logits, self.history)
+        return self.take(self.sample(logits, self.history))
+
+    def take(self, token_id: int) -> Token:
+        """A token that was chosen; find out whether the row ends with it."""
         self.history.append(token_id)
         self.generated += 1
         reason: FinishReason | None = None

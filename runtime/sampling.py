@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from mamba_deploy.errors import EngineError, InputError
 
-__all__ = ["Sampler", "Sampling", "distribution", "make_sampler"]
-
-Sampler = Callable[[NDArray[np.float32], Sequence[int]], int]  # logits [V], ids so far -> the next id
+__all__ = ["Sampler", "Sampling", "distribution"]
 
 
 @dataclass(frozen=True)
@@ -49,28 +47,42 @@ class Sampling:
             raise InputError(f"seed is {self.seed!r}: expected None or an integer, 0 or above")
 
 
-def make_sampler(sampling: Sampling, row: int = 0) -> Sampler:
-    """A function that chooses the next token of one row.
+class Sampler:
+    """Chooses the next token of one row.
 
     It holds a random generator seeded from ``(sampling.seed, row)`` and draws from it once a token, so what a row
     draws does not depend on the other rows of its batch.
-
-    Returns:
-        ``sample(logits, history) -> id``: logits float32 [V]; history the ids so far, prompt first, which only
-        the repetition penalty looks at. Among equally likely tokens greedy search takes the lowest id.
-        It raises what :func:`distribution` raises.
     """
-    generator = np.random.default_rng(np.random.SeedSequence(sampling.seed, spawn_key=(row,)))
 
-    def sample(logits: NDArray[np.float32], history: Sequence[int]) -> int:
-        scores = _penalized(logits, history, sampling.repetition_penalty, row)
-        if sampling.temperature == 0:
+    def __init__(self, sampling: Sampling, row: int = 0) -> None:
+        """For a row of a batch."""
+        self._sampling, self._row = sampling, row
+        self._generator = np.random.default_rng(np.random.SeedSequence(sampling.seed, spawn_key=(row,)))
+
+    def __call__(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
+        """The next id.
+
+        Args:
+            logits: float32 [V].
+            history: The ids so far, prompt first, which only the repetition penalty looks at.
+
+        Returns:
+            Among equally likely tokens greedy search takes the lowest id.
+
+        Raises:
+            InputError: the logits are not one row.
+            EngineError: a logit is NaN or infinite.
+        """
+        scores = _penalized(logits, history, self._sampling.repetition_penalty, self._row)
+        if self._sampling.temperature == 0:
             return int(np.argmax(scores))
-        ids, weights = _filtered(scores, sampling)
+        ids, weights = _filtered(scores, self._sampling)
         cumulative = np.cumsum(weights)
-        return int(ids[np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")])
+        return int(ids[np.searchsorted(cumulative, self.draw() * cumulative[-1], side="right")])
 
-    return sample
+    def draw(self) -> float:
+        """The random number of a choice, in [0, 1); for one that is made elsewhere."""
+        return float(self._generator.random())
 
 
 def distribution(

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from mamba_deploy.errors import EngineError, InputError
 from mamba_deploy.runtime.generate import Statistics, Token, generate
-from mamba_deploy.runtime.sampling import Sampling, make_sampler
+from mamba_deploy.runtime.sampling import Sampler, Sampling
 from mamba_deploy.runtime.tokenizer import Tokenizer
 
 
@@ -115,7 +115,7 @@ def test_feeds_the_prompt_and_then_each_token_but_the_last() -> None:
 def test_sampling_sees_prompt_and_answer() -> None:
     toy = Toy(VOCAB)
     tokens = run(toy, [[1, 2]], sampling=RANDOM, max_tokens=20)
-    sample, history = make_sampler(RANDOM), [1, 2]
+    sample, history = Sampler(RANDOM), [1, 2]
     for token in tokens:
         assert token.id == sample(toy.logits(history), history)
         history.append(token.id)

@@ -32,6 +32,7 @@ OPS = {
     "last_token": kernels.MambaLastToken,
 }
 BY_OP = pytest.mark.parametrize("op", OPS)
+STRUCTS = {**OPS, "sample_token": kernels.MambaSampleToken}  # which is no op of a graph
 STUB = """
 #include <string.h>
 #include "mamba_kernels.h"
@@ -58,6 +59,7 @@ OP(mamba_ssd_scan, MambaSsdScan)
 #ifndef WITHOUT_LAST_TOKEN
 OP(mamba_last_token, MambaLastToken)
 #endif
+OP(mamba_sample_token, MambaSampleToken)
 """
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "int32": 4, "int64": 8, "float64": 8}
 TYPESTR = {"float32": "<f4", "float16": "<f2", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float64": "<f8"}
@@ -81,8 +83,8 @@ class Stub:
         return kind.in_dll(self.library, name)
 
     def last(self, op: str) -> dict[str, Any]:
-        call = OPS[op].in_dll(self.library, "last_call")
-        return {name: getattr(call, name) for name, _ in OPS[op]._fields_}
+        call = STRUCTS[op].in_dll(self.library, "last_call")
+        return {name: getattr(call, name) for name, _ in STRUCTS[op]._fields_}
 
 
 @pytest.fixture(scope="module")
@@ -117,27 +119,27 @@ def header_fields(struct: str) -> list[tuple[str, Any]]:
     return found
 
 
-@BY_OP
+@pytest.mark.parametrize("op", STRUCTS)
 def test_struct_has_the_fields_of_the_header(op):
-    assert list(OPS[op]._fields_) == header_fields(OPS[op].__name__)
+    assert list(STRUCTS[op]._fields_) == header_fields(STRUCTS[op].__name__)
 
 
 def test_every_struct_and_function_of_the_header_has_a_caller():
-    assert set(re.findall(r"typedef struct (\w+)", HEADER)) == {struct.__name__ for struct in OPS.values()}
-    functions = {name for op in OPS for name in (f"mamba_{op}", f"mamba_{op}_workspace")}
+    assert set(re.findall(r"typedef struct (\w+)", HEADER)) == {struct.__name__ for struct in STRUCTS.values()}
+    functions = {name for op in STRUCTS for name in (f"mamba_{op}", f"mamba_{op}_workspace")}
     assert set(re.findall(r"^\w+ (mamba_\w+)\(", HEADER, re.M)) == functions
 
 
 def test_structs_lie_in_memory_as_the_compiler_lays_them(tmp_path):
-    fields = [(struct, name) for struct in OPS.values() for name, _ in struct._fields_]
+    fields = [(struct, name) for struct in STRUCTS.values() for name, _ in struct._fields_]
     lines = [f'printf("%zu\\n", offsetof({struct.__name__}, {name}));' for struct, name in fields]
-    lines += [f'printf("%zu\\n", sizeof({struct.__name__}));' for struct in OPS.values()]
+    lines += [f'printf("%zu\\n", sizeof({struct.__name__}));' for struct in STRUCTS.values()]
     source = tmp_path / "offsets.c"
     main = "int main(void) {\n" + "\n".join(lines) + "\nreturn 0;\n}\n"
     source.write_text('#include <stdio.h>\n#include "mamba_kernels.h"\n' + main, encoding="utf-8")
     gcc("-o", tmp_path / "offsets", source)
     printed = subprocess.run([tmp_path / "offsets"], check=True, capture_output=True, text=True).stdout
-    ours = [getattr(struct, name).offset for struct, name in fields] + [ctypes.sizeof(s) for s in OPS.values()]
+    ours = [getattr(struct, name).offset for struct, name in fields] + [ctypes.sizeof(s) for s in STRUCTS.values()]
     assert [int(line) for line in printed.split()] == ours
 
 
@@ -252,8 +254,17 @@ CONSTANTS = {
 }
 
 
+def sampling() -> dict[str, Any]:
+    """Arguments of sample_token: B 2, V 5, capacity 3."""
+    arrays = {"logits": Fake("float32", (2, 5)), "uniform": Fake("float64", (3, 2)), "steps": Fake("int32", (2,))}
+    arrays |= {"tokens": Fake("int32", (2,)), "log": Fake("int32", (3, 2))}
+    arrays |= {"seq_lens": Fake("int32", (2,)), "eos_ids": Fake("int32", (4,))}
+    return arrays | {"temperature": 0.5, "top_k": 4, "top_p": 0.75, "min_p": 0.25}
+
+
 def call(stub: Stub, op: str, **changed: Any) -> None:
-    getattr(stub.kernels, op)(**{**arguments(op), **changed})
+    given = sampling() if op == "sample_token" else arguments(op)
+    getattr(stub.kernels, op)(**{**given, **changed})
 
 
 def refusal(stub: Stub, op: str, **changed: Any) -> PluginError:
@@ -364,6 +375,27 @@ def test_the_stride_of_an_axis_of_size_one_says_nothing(stub):
     assert stub.value("calls").value == 2
 
 
+def test_the_struct_of_sample_token_holds_what_was_given(stub):
+    given = sampling()
+    stub.kernels.sample_token(**given, stream=77)
+    expected = {name: value.pointer if isinstance(value, Fake) else value for name, value in given.items()}
+    assert stub.last("sample_token") == expected | {"batch": 2, "vocab": 5, "capacity": 3, "endings": 4}
+    assert stub.value("last_stream", ctypes.c_void_p).value == 77
+
+
+@pytest.mark.parametrize("without", [(), ("uniform",), ("log",), ("uniform", "log")])
+def test_greedy_search_needs_no_uniform_and_no_log(stub, without):
+    call(stub, "sample_token", temperature=0.0, **dict.fromkeys(without))
+    last = stub.last("sample_token")
+    assert {name for name in ("uniform", "log") if last[name] is None} == set(without)
+    assert last["capacity"] == (1 if len(without) == 2 else 3)
+
+
+def test_uniform_may_be_a_tensor(stub):
+    call(stub, "sample_token", uniform=FakeTensor(torch.float64, (3, 2)))
+    assert stub.value("calls").value == 1
+
+
 # --- workspace ---------------------------------------------------------------------------------------------------
 
 
@@ -454,10 +486,15 @@ def test_workspace_of_impossible_sizes(stub, op, changed, expected):
         ("ssd_scan", "dt_bias", (4, 1), "dt_bias has shape [4, 1]: expected [H = 4]"),
         ("ssd_scan", "y", (2, 5, 13), "y has shape [2, 5, 13]: expected [B = 2, L = 5, H*P = 12]"),
         ("last_token", "y", (2, 1, 6), "y has shape [2, 1, 6]: expected [B = 2, d = 6]"),
+        ("sample_token", "logits", (2, 1, 5), "logits has shape [2, 1, 5]: expected [B, V]"),
+        ("sample_token", "uniform", (3,), "uniform has shape [3]: expected [capacity, B = 2]"),
+        ("sample_token", "steps", (3,), "steps has shape [3]: expected [B = 2]"),
+        ("sample_token", "tokens", (2, 1), "tokens has shape [2, 1]: expected [B = 2]"),
+        ("sample_token", "log", (4, 2), "log has shape [4, 2]: expected [capacity = 3, B = 2]"),
     ],
 )
 def test_wrong_shape(stub, op, name, shape, expected):
-    wrong = replace(arguments(op)[name], shape=shape)
+    wrong = replace((sampling() if op == "sample_token" else arguments(op))[name], shape=shape)
     assert str(refusal(stub, op, **{name: wrong})) == expected
 
 
@@ -471,10 +508,16 @@ def test_wrong_shape(stub, op, name, shape, expected):
         ("selective_scan", "state_out", "float16", "state_out is float16: expected float32"),
         ("ssd_scan", "ssm_state", "float64", "ssm_state is <f8: expected float32, float16 or bfloat16"),
         ("last_token", "x", "float64", "x is <f8: expected float32, float16 or bfloat16"),
+        ("sample_token", "logits", "float16", "logits is float16: expected float32"),
+        ("sample_token", "uniform", "float32", "uniform is float32: expected float64"),
+        ("sample_token", "steps", "int64", "steps is <i8: expected int32"),
+        ("sample_token", "tokens", "int64", "tokens is <i8: expected int32"),
+        ("sample_token", "log", "float32", "log is float32: expected int32"),
     ],
 )
 def test_wrong_dtype(stub, op, name, dtype, expected):
-    assert str(refusal(stub, op, **{name: replace(arguments(op)[name], dtype=dtype)})) == expected
+    given = sampling() if op == "sample_token" else arguments(op)
+    assert str(refusal(stub, op, **{name: replace(given[name], dtype=dtype)})) == expected
 
 
 def test_sixteen_bit_integers_that_nobody_called_bfloat16(stub):
@@ -542,6 +585,20 @@ def test_an_output_in_the_memory_of_another_array(stub, output, other):
     assert str(error) == f"{named[0]} overlaps {named[1]} in memory: expected memory of its own"
 
 
+@pytest.mark.parametrize(
+    ("output", "other"), [("steps", "logits"), ("tokens", "steps"), ("log", "uniform"), ("log", "tokens")]
+)
+def test_what_sample_token_writes_is_nothing_else(stub, output, other):
+    given = sampling()
+    moved = replace(given[output], pointer=given[other].pointer)
+    named = sorted((output, other), key=["steps", "tokens", "log", "logits", "uniform"].index)
+    assert str(refusal(stub, "sample_token", **{output: moved, other: given[other]})) == (
+        f"{named[0]} overlaps {named[1]} in memory: expected memory of its own"
+    )
+    error = refusal(stub, "sample_token", **{output: replace(given[output], read_only=True)})
+    assert str(error) == f"{output} is read-only: expected an array to write to"
+
+
 @pytest.mark.parametrize("shift", [-16, 16])
 def test_a_state_that_half_overlaps_its_successor(stub, shift):
     given = arguments("selective_scan")
@@ -570,6 +627,16 @@ def test_arrays_of_two_devices(stub):
         ("ssd_scan", {"dt_min": math.nan}, "dt_min is nan and dt_max is inf: expected dt_min <= dt_max"),
         ("ssd_scan", {"chunk_size": 0}, "chunk_size is 0: expected at least 1"),
         ("ssd_scan", {"n_groups": 0}, "n_groups is 0: expected at least 1"),
+        ("sample_token", {"temperature": -1}, "temperature is -1.0: expected a finite number, 0 (greedy) or above"),
+        ("sample_token", {"temperature": 1e39}, "temperature is inf: expected a finite number, 0 (greedy) or above"),
+        ("sample_token", {"top_k": -1}, "top_k is -1: expected 0 (off) to 2147483647"),
+        ("sample_token", {"top_k": 2**31}, "top_k is 2147483648: expected 0 (off) to 2147483647"),
+        ("sample_token", {"top_p": 0}, "top_p is 0.0: expected a number above 0 and at most 1 (off)"),
+        ("sample_token", {"top_p": 1.5}, "top_p is 1.5: expected a number above 0 and at most 1 (off)"),
+        ("sample_token", {"min_p": -0.5}, "min_p is -0.5: expected a number from 0 (off) to 1"),
+        ("sample_token", {"min_p": math.nan}, "min_p is nan: expected a number from 0 (off) to 1"),
+        ("sample_token", {"uniform": None}, "uniform is None: expected an array, as temperature is 0.5"),
+        ("sample_token", {"steps": None}, "steps is None: expected an array"),
     ],
 )
 def test_wrong_constants(stub, op, changed, expected):
@@ -599,10 +666,13 @@ def test_groups_that_do_not_divide_the_heads(stub):
         ("last_token", {"x": (2, 2**20 + 1, 6)}, "L is 1048577: expected 1 to 1048576"),
         ("last_token", {"x": (2, 5, 2**31), "y": (2, 2**31)}, "d is 2147483648: expected 1 to 2147483647"),
         ("last_token", {"x": (0, 5, 6), "seq_lens": (0,), "y": (0, 6)}, "B is 0: expected 1 to 2147483647"),
+        ("sample_token", {"logits": (2, 2**20 + 1)}, "V is 1048577: expected 1 to 1048576"),
+        ("sample_token", {"uniform": (0, 2), "log": (0, 2)}, "capacity is 0: expected 1 to 2147483647"),
     ],
 )
 def test_sizes_out_of_range(stub, op, shapes, expected):
-    changed = {name: replace(arguments(op)[name], shape=shape) for name, shape in shapes.items()}
+    given = sampling() if op == "sample_token" else arguments(op)
+    changed = {name: replace(given[name], shape=shape) for name, shape in shapes.items()}
     assert str(refusal(stub, op, **changed)) == expected
 
 

@@ -5,6 +5,7 @@ stand-in for the CUDA runtime, so no GPU is needed.
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 import re
 import shutil
@@ -24,7 +25,7 @@ from mamba_deploy.plugins.toolchain import find_compiler
 
 pytestmark = pytest.mark.slow
 
-FILES = ("causal_conv1d.cu", "last_token.cu", "selective_scan.cu", "ssd_scan.cu")
+FILES = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu")
 DEVICES = [Device(9, 0, 132, 232448), Device(8, 7, 16, 166912), Device(7, 5, 40, 65536), Device(12, 0, 170, 101376)]
 
 # What the objects of nvcc want of libcudart. A launch is told to `record`, which may look at its arguments.
@@ -133,9 +134,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def _struct(op: str, draw: random.Random, sizes: dict[str, int]) -> Any:
     """A call with addresses that nothing is at, now and then at odd ones."""
     struct = kernels._OPS[op].struct
-    call = struct(**sizes, dtype=draw.randrange(3))
-    if hasattr(call, "state_dtype"):
-        call.state_dtype = draw.randrange(3)
+    call = struct(**sizes)
+    for name in ("dtype", "state_dtype"):
+        if hasattr(call, name):
+            setattr(call, name, draw.randrange(3))
     for name, kind in struct._fields_:
         if kind is ctypes.c_void_p and (name not in ("bias", "D", "z", "dt_bias") or draw.random() < 0.7):
             setattr(
@@ -146,6 +148,9 @@ def _struct(op: str, draw: random.Random, sizes: dict[str, int]) -> Any:
             setattr(call, name, draw.randrange(2))
     if hasattr(call, "dt_max"):
         call.dt_min, call.dt_max = draw.random(), 1.0 + draw.random()
+    if hasattr(call, "temperature"):
+        call.temperature = draw.choice((0.0, draw.random()))
+        call.top_p, call.min_p = 1.0 - draw.random(), draw.random()
     return call
 
 
@@ -157,7 +162,11 @@ def _size(draw: random.Random, published: tuple[int, ...], high: int) -> int:
 
 
 def random_call(op: str, draw: random.Random) -> Any:
-    sizes = {"batch": _size(draw, (1, 8, 64, 256), 70_000), "length": _size(draw, (1, 1, 1, 512, 2048, 16384), 1 << 20)}
+    sizes = {"batch": _size(draw, (1, 8, 64, 256), 70_000)}
+    if op == "sample_token":
+        sizes |= {"vocab": _size(draw, (50280, 256000), 1 << 20), "capacity": _size(draw, (1, 256), 70_000)}
+        return _struct(op, draw, sizes | {"top_k": draw.randrange(100)})
+    sizes |= {"length": _size(draw, (1, 1, 1, 512, 2048, 16384), 1 << 20)}
     if op == "causal_conv1d":
         sizes |= {"channels": _size(draw, (1536, 1792, 5120, 5376), 20_000), "width": draw.choice((4, 4, 2, 3, 5, 8))}
     elif op == "selective_scan":
@@ -176,6 +185,8 @@ def random_call(op: str, draw: random.Random) -> Any:
 
 def fits(op: str, call: Any) -> bool:
     """Whether so many tokens could be in a GPU's memory: beyond, the launchers refuse and Python is never asked."""
+    if op == "sample_token":
+        return bool(call.batch * call.vocab < 1 << 33)
     return call.batch * call.length * max(getattr(call, name, 1) for name in ("channels", "width", "heads")) < 1 << 31
 
 
@@ -243,7 +254,29 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
         assert recorded(library, op, call, device, planned) == wanted, (shown, device)
         assert launches.workspace_bytes(op, call) == workspace(ctypes.byref(call)), shown
         kinds.update(p.kernel for p in planned)
-    assert len(kinds) > 2
+    assert len(kinds) > 2 or op == "sample_token"  # greedy, or not
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: value} for name in ("batch", "vocab", "capacity") for value in (0, -1)),
+        {"vocab": (1 << 20) + 1},
+        {"top_k": -1},
+        *({"temperature": value} for value in (-1.0, math.inf, math.nan)),
+        *({"top_p": value} for value in (0.0, 1.5, math.nan)),
+        *({"min_p": value} for value in (-0.5, 1.5, math.nan)),
+        {"uniform": None},
+    ],
+    ids=str,
+)
+def test_the_launcher_of_sample_token_refuses(library, changed):
+    given = {"batch": 2, "vocab": 5, "capacity": 3, "temperature": 1.0, "top_p": 1.0, "uniform": 1 << 20}
+    for values, answer in ((given, 0), (given | changed, 1)):  # cudaErrorInvalidValue
+        call = kernels.MambaSampleToken(**values)
+        recorder = Recorder(lambda *launched: None)
+        library.set_recorder(recorder, (ctypes.c_int * 3)(90, 132, 232448))
+        assert library.mamba_sample_token(ctypes.byref(call), None, None) == answer
 
 
 def test_workspace_never_shrinks_with_length(library):

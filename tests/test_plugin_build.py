@@ -31,7 +31,7 @@ from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins import build, kernels, nvrtc, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("causal_conv1d.cu", "last_token.cu", "selective_scan.cu", "ssd_scan.cu")
+KERNELS = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu")
 
 # An nvcc that writes into its log what it was asked for, and into each output what went in.
 NVCC = """#!{python} -IS
@@ -722,15 +722,16 @@ def test_progress_and_warnings_are_told(toolkit, sources):
     toolkit.when_writing("ssd_scan.cu.o", "print('ssd_scan.cu(3): warning: unused')")
     told: list[str] = []
     build.build("kernels", cuda=toolkit.folder, architectures=["sm_90"], say=told.append)
-    assert told[0] == "compiling 4 files for sm_90 with nvcc 12.6.85"
-    assert sorted(told[1:5]) == [
+    assert told[0] == "compiling 5 files for sm_90 with nvcc 12.6.85"
+    assert sorted(told[1:6]) == [
         "causal_conv1d.cu: done",
         "last_token.cu: done",
+        "sample_token.cu: done",
         "selective_scan.cu: done",
         "ssd_scan.cu: ssd_scan.cu(3): warning: unused",
     ]
-    assert told[5] == "libmamba_kernels.so: done"
-    assert re.fullmatch(r"built in [\d.]+ s", told[6])
+    assert told[6] == "libmamba_kernels.so: done"
+    assert re.fullmatch(r"built in [\d.]+ s", told[7])
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -815,7 +816,7 @@ def test_command_builds_and_finds(toolkit, sources, tmp_path):
     assert done.exit_code == 0, done.output
     path = done.stdout.strip()
     assert path.endswith("/libmamba_plugin.so")
-    assert "compiling 6 files for sm_87, sm_90" in done.stderr
+    assert "compiling 7 files for sm_87, sm_90" in done.stderr
     assert command("path").stdout == f"{path}\n"
     register = str(Path(path).with_name("libmamba_plugin_register.so"))
     assert json.loads(command("path", "--library", "register", "--json").stdout) == {
@@ -925,7 +926,7 @@ def test_real_libraries_export_the_launchers_and_ask_for_nothing_of_tensorrt(rea
         pytest.skip("no nm (binutils) on PATH")
     header = (build.SOURCES / "mamba_kernels.h").read_text(encoding="utf-8")
     launchers = set(re.findall(r"^\w+ (mamba_\w+)\(", header, re.M))
-    assert len(launchers) == 8
+    assert len(launchers) == 10
     entries = {"getCreators", "getPluginCreators", "setLoggerFinder"}
     for library in made.libraries:
         listed = subprocess.run([nm, "-D", made.folder / library], check=True, capture_output=True, text=True).stdout

@@ -12,7 +12,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from mamba_deploy.errors import EngineError, InputError
-from mamba_deploy.runtime.sampling import Sampling, distribution, make_sampler
+from mamba_deploy.runtime.sampling import Sampler, Sampling, distribution
 
 # one base row; each further row varies one argument, the last ones combine all
 CASES = [
@@ -95,11 +95,11 @@ def test_repetition_penalty_counts_a_token_once_and_ignores_ids_outside_the_voca
 
 def test_greedy_takes_the_highest_and_the_lowest_id_among_equals() -> None:
     logits = np.array([0, 5, 5, 1], dtype=np.float32)
-    assert make_sampler(Sampling())(logits, []) == 1
+    assert Sampler(Sampling())(logits, []) == 1
     np.testing.assert_array_equal(distribution(logits, [], Sampling()), [0, 1, 0, 0])
-    assert make_sampler(Sampling(repetition_penalty=2.0))(logits, [1]) == 2
+    assert Sampler(Sampling(repetition_penalty=2.0))(logits, [1]) == 2
     # filters after the penalty cannot change it
-    assert make_sampler(Sampling(top_k=2, top_p=0.1, min_p=0.5, seed=1))(logits, []) == 1
+    assert Sampler(Sampling(top_k=2, top_p=0.1, min_p=0.5, seed=1))(logits, []) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_extreme_values_give_probabilities(sampling: Sampling) -> None:
     answer = distribution(logits, [0, 1], sampling)
     assert np.all(answer >= 0)
     assert answer.sum() == pytest.approx(1.0)
-    assert make_sampler(sampling)(logits, [0, 1]) in range(4)
+    assert Sampler(sampling)(logits, [0, 1]) in range(4)
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -125,7 +125,7 @@ def test_draws_follow_the_distribution() -> None:
     logits = (2 * rng.standard_normal(12)).astype(np.float32)
     sampling = Sampling(temperature=0.9, top_k=8, top_p=0.95, seed=3)
     expected = distribution(logits, [], sampling)
-    sample = make_sampler(sampling)
+    sample = Sampler(sampling)
     draws = 20_000
     counts = np.bincount([sample(logits, []) for _ in range(draws)], minlength=12)
     assert np.all(counts[expected == 0] == 0)
@@ -134,7 +134,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def draws(sampling: Sampling, row: int = 0, count: int = 40) -> list[int]:
-    sample = make_sampler(sampling, row)
+    sample = Sampler(sampling, row)
     return [sample(np.zeros(1000, dtype=np.float32), []) for _ in range(count)]
 
 
@@ -151,7 +151,7 @@ def test_without_a_seed_runs_differ() -> None:
 
 def test_rows_of_a_batch_draw_as_alone() -> None:
     sampling = Sampling(temperature=1.0, seed=1)
-    samplers = [make_sampler(sampling, row) for row in range(3)]
+    samplers = [Sampler(sampling, row) for row in range(3)]
     logits = np.zeros(1000, dtype=np.float32)
     together = [[sample(logits, []) for sample in samplers] for _ in range(40)]
     for row in range(3):
@@ -160,7 +160,7 @@ def test_rows_of_a_batch_draw_as_alone() -> None:
 
 def test_logits_are_left_as_they_were() -> None:
     logits = np.arange(5, dtype=np.float32)
-    make_sampler(Sampling(temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.5))(logits, [1, 4])
+    Sampler(Sampling(temperature=0.5, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.5))(logits, [1, 4])
     np.testing.assert_array_equal(logits, np.arange(5))
 
 
@@ -194,7 +194,7 @@ def test_values_out_of_range_are_refused(name: str, value: Any, text: str) -> No
 
 def test_numpy_numbers_are_accepted() -> None:
     sampling = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int32(1))
-    assert make_sampler(sampling)(np.zeros(5, dtype=np.float32), []) in range(5)
+    assert Sampler(sampling)(np.zeros(5, dtype=np.float32), []) in range(5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -202,7 +202,7 @@ def test_numpy_numbers_are_accepted() -> None:
 def test_logits_that_are_not_finite_are_refused(bad: float, sampling: Sampling) -> None:
     logits = np.array([0.0, bad, 1.0, bad], dtype=np.float32)
     with pytest.raises(EngineError) as caught:
-        make_sampler(sampling, row=3)(logits, [])
+        Sampler(sampling, row=3)(logits, [])
     assert str(caught.value) == "logits of row 3 are not finite: 2 of 4 are NaN or infinite"
     assert "mamba-deploy verify" in caught.value.hint
     with pytest.raises(EngineError, match="row 0"):
@@ -212,4 +212,4 @@ def test_logits_that_are_not_finite_are_refused(bad: float, sampling: Sampling) 
 @pytest.mark.parametrize("shape", [(2, 5), (0,), ()])
 def test_logits_that_are_not_one_row_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"logits of row 0 have the shape .*: expected \[V\], V at least 1"):
-        make_sampler(Sampling())(np.zeros(shape, dtype=np.float32), [])
+        Sampler(Sampling())(np.zeros(shape, dtype=np.float32), [])
