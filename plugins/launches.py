@@ -6,7 +6,7 @@ A test records what the compiled launchers do for random calls and compares ever
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_uint32, c_void_p
+from ctypes import c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, NamedTuple
 
 from mamba_deploy.plugins.nvrtc import Device, Launch
@@ -275,17 +275,108 @@ def _segment_floats(call: Any) -> int:
     return _ceil(call.batch * call.heads * call.head_dim * call.state_size, 64) * 64
 
 
-def _ssd_workspace(call: Any) -> int:
+def _segments_floats(call: Any) -> int:
     room = _ssd_room(call)
-    return 0 if room == 1 else room * (_segment_floats(call) + call.batch * call.heads)
+    return 0 if room == 1 else _ceil(room * (_segment_floats(call) + call.batch * call.heads), 64) * 64
+
+
+def _ssd_workspace(call: Any) -> int:
+    return (_padding(call, 0).end if _is_padded(call) else 4 * _segments_floats(call)) // 4
+
+
+class _Copy(NamedTuple):
+    """To [matrices, *to_shape] from [matrices, *from_shape] of elements of so many bytes."""
+
+    source: int
+    target: int
+    matrices: int
+    from_shape: tuple[int, int]
+    to_shape: tuple[int, int]
+    item: int
+
+
+class _Resize(ctypes.Structure):
+    _fields_ = [
+        ("from_", c_void_p), ("to", c_void_p), ("rows", c_int64),
+        *((name, c_int32) for name in ("from_rows", "from_cols", "to_rows", "to_cols")),
+    ]  # fmt: skip
+
+
+class _Padding(NamedTuple):
+    """The call that the tensor cores run in place of one of other sizes, and the copies around it."""
+
+    call: Any
+    before: list[_Copy]
+    after: list[_Copy]
+    end: int  # of the workspace
+
+
+def _is_padded(call: Any) -> bool:
+    if call.dtype == 0 or call.length < 128 or (call.head_dim % 8 == 0 and call.state_size % 8 == 0):
+        return False
+    P, N = _ceil(call.head_dim, 8) * 8, _ceil(call.state_size, 8) * 8
+    return bool(max(call.heads * P, call.groups * N) <= 2**31 - 1)
+
+
+def _padding(call: Any, workspace: int) -> _Padding:
+    to = type(call).from_buffer_copy(call)
+    P, N = call.head_dim, call.state_size
+    to.head_dim, to.state_size = to_P, to_N = _ceil(P, 8) * 8, _ceil(N, 8) * 8
+    end = workspace + 4 * _segments_floats(to)
+    before, after = [], []
+
+    def take(count: int, rows: int, cols: int, item: int) -> int:
+        nonlocal end
+        taken = end
+        end += _ceil(count * rows * cols * item, 256) * 256
+        return taken
+
+    if to_P != P:
+        rows = call.batch * call.length * call.heads
+        x, y, D = take(rows, 1, to_P, 2), take(rows, 1, to_P, 2), take(call.heads, 1, to_P, 4)
+        before.append(_Copy(call.x, x, rows, (1, P), (1, to_P), 2))
+        after.append(_Copy(y, call.y, rows, (1, to_P), (1, P), 2))
+        to.x, to.y = x, y
+        if call.skip_per_channel and call.D:
+            before.append(_Copy(call.D, D, call.heads, (1, P), (1, to_P), 4))
+            to.D = D
+    if to_N != N:
+        rows = call.batch * call.length * call.groups
+        B, C = take(rows, 1, to_N, 2), take(rows, 1, to_N, 2)
+        before += [_Copy(source, copy, rows, (1, N), (1, to_N), 2) for source, copy in ((call.B, B), (call.C, C))]
+        to.B, to.C = B, C
+    heads, item = call.batch * call.heads, _BYTES[call.state_dtype]
+    state = take(heads, to_P, to_N, item)
+    before.append(_Copy(call.ssm_state, state, heads, (P, N), (to_P, to_N), item))
+    after.append(_Copy(state, call.ssm_state_out, heads, (to_P, to_N), (P, N), item))
+    to.ssm_state = to.ssm_state_out = state
+    return _Padding(to, before, after, end)
+
+
+_WORDS = {16: "uint4", 8: "uint2", 4: "uint32_t", 2: "uint16_t"}
+
+
+def _pad_launch(copy: _Copy) -> Launch:
+    """In the widest words that rows on both sides are made of."""
+    (from_rows, from_cols), (to_rows, to_cols) = copy.from_shape, copy.to_shape
+    multiples = (from_cols * copy.item, to_cols * copy.item, copy.source, copy.target)
+    word = next(word for word in _WORDS if word == copy.item or not any(number % word for number in multiples))
+    elements = word // copy.item
+    from_cols, to_cols = from_cols // elements, to_cols // elements
+    rows = copy.matrices * to_rows
+    resize = _Resize(copy.source, copy.target, rows, from_rows, from_cols, to_rows, to_cols)
+    grid = (min(_ceil(rows, max(1024 // to_cols, 1)), 2**31 - 1),)
+    return Launch("ssd_pad.cuh", _kernel("ssd", "pad_kernel", _WORDS[word]), grid, (256,), 0, (resize,))
 
 
 def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
-    aligned = call.head_dim % 8 == 0 and call.state_size % 8 == 0 and _aligned(call, "x y B C", 16)
+    padded = workspace and _is_padded(call)
+    inner, before, after, _ = _padding(call, workspace) if padded else _Padding(call, [], [], 0)
+    aligned = inner.head_dim % 8 == 0 and inner.state_size % 8 == 0 and _aligned(inner, "x y B C", 16)
     if _BYTES[call.dtype] == 2 and call.length > 4 and aligned and device.major >= 8:
-        chunked = _ssd_chunked(call, workspace, device)
+        chunked = _ssd_chunked(inner, workspace, device)
         if chunked:
-            return chunked
+            return [*map(_pad_launch, before), *chunked, *map(_pad_launch, after)]
     T = _TYPES[call.dtype]
     lanes = next(lanes for lanes in (4, 8, 16, 32) if call.state_size <= 8 * lanes)
     warps = 2 if lanes == 4 else 4

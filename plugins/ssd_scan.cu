@@ -1,11 +1,12 @@
 // MambaSsdScan: which kernel takes a call, and its workspace.
 //
 // One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
-// model: ssd_prompt.cuh, on the tensor cores. What is left, that is other sizes, float32, older GPUs, a few tokens, and
-// tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
+// model: ssd_prompt.cuh, on the tensor cores. Longer ones of other sizes too, on copies padded by ssd_pad.cuh. What is
+// left, that is float32, older GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
 #include <algorithm>
 #include <climits>
 
+#include "ssd_pad.cuh"
 #include "ssd_prompt.cuh"
 #include "ssd_recurrent.cuh"
 #include "ssd_step.cuh"
@@ -15,7 +16,8 @@ namespace ssd {
 namespace {
 
 constexpr int64_t kMaxLength = 1 << 20;
-constexpr int kFewTokens = 4;  // up to here one after the other is faster than in chunks
+constexpr int kFewTokens = 4;    // up to here one after the other is faster than in chunks
+constexpr int kPadTokens = 128;  // from here on padding costs less than it gains
 
 int64_t heads_of(const MambaSsdScan& a) { return static_cast<int64_t>(a.batch) * a.heads; }
 
@@ -33,6 +35,11 @@ int64_t max_segments(const MambaSsdScan& a) {
 
 int64_t floats_of_segment(const MambaSsdScan& a) {  // its states, a multiple of 64
     return ceil_div(heads_of(a) * a.head_dim * a.state_size, 64) * 64;
+}
+
+int64_t floats_of_segments(const MambaSsdScan& a) {  // all of them with their decays, a multiple of 64
+    const int64_t segments = max_segments(a);
+    return segments == 1 ? 0 : ceil_div(segments * (floats_of_segment(a) + heads_of(a)), 64) * 64;
 }
 
 template <typename... Parameters>
@@ -191,6 +198,111 @@ cudaError_t recurrent(const MambaSsdScan& a, const Device& device, void* workspa
     return recurrent<T, 32>(a, device, workspace, stream);
 }
 
+// --- sizes that the tensor cores do not take
+
+int32_t padded(int32_t size) { return static_cast<int32_t>(ceil_div(size, 8) * 8); }
+
+bool is_padded(const MambaSsdScan& a) {
+    if (a.dtype == MAMBA_FLOAT32 || a.length < kPadTokens || (a.head_dim % 8 == 0 && a.state_size % 8 == 0)) return false;
+    const int64_t P = ceil_div(a.head_dim, 8) * 8, N = ceil_div(a.state_size, 8) * 8;
+    return std::max(a.heads * P, a.groups * N) <= INT_MAX;  // or prompt() would refuse
+}
+
+// To [count, to_rows, to_cols] from [count, from_rows, from_cols] of elements of so many bytes.
+struct Copy {
+    const void* from;
+    void* to;
+    int64_t count;
+    int32_t from_rows, from_cols, to_rows, to_cols, bytes;
+};
+
+// The call that the tensor cores run in place of one of other sizes, and the copies around it. Nothing else changes: what
+// B, C and the state have beyond N adds 0 to y, and channels beyond P, which see no other, are cut off. The state goes out
+// into the copy it came in from.
+struct Padding {
+    MambaSsdScan call;
+    Copy before[5], after[2];
+    int befores = 0, afters = 0;
+    uintptr_t end = 0;  // of the workspace
+};
+
+// The call as it is.
+Padding no_padding(const MambaSsdScan& a) {
+    Padding padding;
+    padding.call = a;
+    return padding;
+}
+
+// In the workspace, first what the segments take.
+Padding make_padding(const MambaSsdScan& a, uintptr_t workspace) {
+    Padding padding = no_padding(a);
+    MambaSsdScan& to = padding.call;
+    to.head_dim = padded(a.head_dim);
+    to.state_size = padded(a.state_size);
+    padding.end = workspace + 4 * floats_of_segments(to);
+    const auto take = [&](int64_t count, int32_t rows, int32_t cols, int32_t bytes) {
+        void* const taken = reinterpret_cast<void*>(padding.end);
+        padding.end += ceil_div(count * rows * cols * bytes, 256) * 256;
+        return taken;
+    };
+    const int64_t tokens = static_cast<int64_t>(a.batch) * a.length;
+    const int32_t P = a.head_dim, N = a.state_size, to_P = to.head_dim, to_N = to.state_size;
+    if (to_P != P) {
+        const int64_t rows = tokens * a.heads;
+        void *const x = take(rows, 1, to_P, 2), *const y = take(rows, 1, to_P, 2), *const D = take(a.heads, 1, to_P, 4);
+        padding.before[padding.befores++] = {a.x, x, rows, 1, P, 1, to_P, 2};
+        padding.after[padding.afters++] = {y, a.y, rows, 1, to_P, 1, P, 2};
+        to.x = x;
+        to.y = y;
+        if (a.skip_per_channel && a.D != nullptr) {
+            padding.before[padding.befores++] = {a.D, D, a.heads, 1, P, 1, to_P, 4};
+            to.D = static_cast<const float*>(D);
+        }
+    }
+    if (to_N != N) {
+        const int64_t rows = tokens * a.groups;
+        void *const B = take(rows, 1, to_N, 2), *const C = take(rows, 1, to_N, 2);
+        padding.before[padding.befores++] = {a.B, B, rows, 1, N, 1, to_N, 2};
+        padding.before[padding.befores++] = {a.C, C, rows, 1, N, 1, to_N, 2};
+        to.B = B;
+        to.C = C;
+    }
+    const int32_t bytes = a.state_dtype == MAMBA_FLOAT32 ? 4 : 2;
+    void* const state = take(heads_of(a), to_P, to_N, bytes);
+    padding.before[padding.befores++] = {a.ssm_state, state, heads_of(a), P, N, to_P, to_N, bytes};
+    padding.after[padding.afters++] = {state, a.ssm_state_out, heads_of(a), to_P, to_N, P, N, bytes};
+    to.ssm_state = to.ssm_state_out = state;
+    return padding;
+}
+
+template <typename Word>
+cudaError_t copy(const Copy& c, cudaStream_t stream) {
+    const int32_t words = static_cast<int32_t>(sizeof(Word)) / c.bytes;  // elements of one
+    const Resize resize = {
+        c.from, c.to, c.count * c.to_rows, c.from_rows, c.from_cols / words, c.to_rows, c.to_cols / words};
+    const int64_t blocks = std::min<int64_t>(ceil_div(resize.rows, rows_of_pad(resize.to_cols)), INT_MAX);
+    return launch(pad_kernel<Word>, dim3(static_cast<unsigned>(blocks)), kPadThreads, 0, stream, resize);
+}
+
+// In the widest words that rows on both sides are made of.
+cudaError_t copy(const Copy& c, cudaStream_t stream) {
+    const auto fits = [&](int32_t word) {
+        return int64_t{c.from_cols} * c.bytes % word == 0 && int64_t{c.to_cols} * c.bytes % word == 0 &&
+               mamba::is_aligned(c.from, word) && mamba::is_aligned(c.to, word);
+    };
+    if (fits(16)) return copy<uint4>(c, stream);
+    if (fits(8)) return copy<uint2>(c, stream);
+    return c.bytes == 4 || fits(4) ? copy<uint32_t>(c, stream) : copy<uint16_t>(c, stream);
+}
+
+cudaError_t copy(const Copy* copies, int count, cudaStream_t stream) {
+    cudaError_t error = cudaSuccess;
+    for (int i = 0; i < count && error == cudaSuccess; i++) error = copy(copies[i], stream);
+    return error;
+}
+
+// --- on the tensor cores
+
 // Whether code for the tensor cores is in the library, which may hold but PTX of an older architecture.
 bool has_code(const void* kernel) {
     cudaFuncAttributes attributes;
@@ -199,7 +311,8 @@ bool has_code(const void* kernel) {
 
 // Sets done where the GPU can run it.
 template <typename T, int NT>
-cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
+cudaError_t chunked(const Padding& padding, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
+    const MambaSsdScan& a = padding.call;
     using Shared = ChunkShared<NT, true>;
     using Warps = ChunkWarps<NT, true>;
     const auto states = chunk_kernel<T, NT, false>, output = chunk_kernel<T, NT, true>;
@@ -221,7 +334,11 @@ cudaError_t chunked(const MambaSsdScan& a, const Device& device, void* workspace
     const Kernel<Layout> states_kernel = {states, threads(ChunkWarps<NT, false>::kChannels),
                                           ChunkShared<NT, false>::bytes(layout.channels, layout.stages)};
     const Kernel<Layout> output_kernel = {output, threads(Warps::kChannels), shared};
-    return prompt(a, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
+    cudaError_t error = copy(padding.before, padding.befores, stream);
+    if (error == cudaSuccess) {
+        error = prompt(a, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
+    }
+    return error == cudaSuccess ? copy(padding.after, padding.afters, stream) : error;
 }
 
 // Rows of x, y, B and C of a head begin at multiples of 16 bytes.
@@ -242,13 +359,16 @@ cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
         bool done = false;
-        if (a.length > kFewTokens && is_aligned(a)) {
+        const Padding padding = is_padded(a) && workspace != nullptr
+                                    ? make_padding(a, reinterpret_cast<uintptr_t>(workspace))
+                                    : no_padding(a);
+        if (a.length > kFewTokens && is_aligned(padding.call)) {
             if (a.state_size <= 64) {
-                error = chunked<T, 64>(a, device, workspace, stream, &done);
+                error = chunked<T, 64>(padding, device, workspace, stream, &done);
             } else if (a.state_size <= 128) {
-                error = chunked<T, 128>(a, device, workspace, stream, &done);
+                error = chunked<T, 128>(padding, device, workspace, stream, &done);
             } else {
-                error = chunked<T, 256>(a, device, workspace, stream, &done);
+                error = chunked<T, 256>(padding, device, workspace, stream, &done);
             }
         }
         if (done || error != cudaSuccess) return error;
@@ -263,10 +383,8 @@ cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
 extern "C" size_t mamba_ssd_scan_workspace(const MambaSsdScan* call) {
     using namespace mamba::ssd;
     if (!is_valid(*call)) return 0;
-    const int64_t segments = max_segments(*call);
-    if (segments == 1) return 0;
-    const int64_t floats = segments * (floats_of_segment(*call) + heads_of(*call));
-    return mamba::workspace_bytes(floats);
+    if (is_padded(*call)) return make_padding(*call, 0).end;
+    return mamba::workspace_bytes(floats_of_segments(*call));
 }
 
 extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream) {

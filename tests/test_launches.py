@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import recurrence
+import torch
 
 from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins import kernels, launches, nvrtc
@@ -177,6 +179,8 @@ def random_call(op: str, draw: random.Random) -> Any:
     elif op == "ssd_scan":
         sizes |= {"head_dim": _size(draw, (64, 80, 128), 256), "state_size": _size(draw, (64, 128), 256)}
         sizes |= {"groups": draw.choice((1, 1, 2, 8))}
+        if draw.random() < 0.2:  # around where padding begins
+            sizes["length"] = draw.randrange(120, 140)
         sizes["heads"] = sizes["groups"] * _size(draw, (24, 64, 80), 160)
     else:
         sizes |= {"width": _size(draw, (768, 2560), 20_000)}
@@ -235,6 +239,7 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
     workspace = getattr(library, f"mamba_{op}_workspace")
     workspace.restype = ctypes.c_size_t
     kinds = set()
+    beside = [0, 0]  # calls of sizes that are padded from 128 tokens on, a few tokens below and above
     for _ in range(2000):
         call, device = random_call(op, draw), draw.choice(DEVICES)
         if not fits(op, call):
@@ -254,7 +259,12 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
         assert recorded(library, op, call, device, planned) == wanted, (shown, device)
         assert launches.workspace_bytes(op, call) == workspace(ctypes.byref(call)), shown
         kinds.update(p.kernel for p in planned)
+        if op == "ssd_scan" and 120 <= call.length < 140 and call.dtype and (call.head_dim % 8 or call.state_size % 8):
+            beside[call.length >= 128] += 1
     assert len(kinds) > 2 or op == "sample_token"  # greedy, or not
+    if op == "ssd_scan":
+        assert min(beside) > 20
+        assert sum("pad_kernel" in kind for kind in kinds) == 4  # a word has 2, 4, 8 or 16 bytes
 
 
 @pytest.mark.parametrize(
@@ -283,14 +293,100 @@ def test_workspace_never_shrinks_with_length(library):
     """The plugins ask for the longest prompt alone: TensorRT then calls with shorter ones, in the same memory."""
     scan = {"channels": 256, "state_size": 16}
     ssd = {"heads": 8, "head_dim": 64, "state_size": 64, "groups": 1}
-    for op, sizes in (("selective_scan", scan), ("ssd_scan", ssd)):
+    odd = [ssd | {"head_dim": 60}, ssd | {"state_size": 1}, ssd | {"head_dim": 63, "state_size": 255, "groups": 2}]
+    for op, sizes in (("selective_scan", scan), ("ssd_scan", ssd), *(("ssd_scan", sizes) for sizes in odd)):
         workspace = getattr(library, f"mamba_{op}_workspace")
         workspace.restype = ctypes.c_size_t
-        for batch in (1, 2):
+        for batch in (1, 2, 70):
             calls = (kernels._OPS[op].struct(**sizes, batch=batch, length=length, dtype=1) for length in range(1, 4097))
             needed = [workspace(ctypes.byref(call)) for call in calls]
             assert needed == sorted(needed), op
-            assert needed[-1] > 0
+            assert needed[-1] > 0 or batch == 70
+
+
+@pytest.mark.parametrize(("P", "N"), [(60, 100), (64, 100), (60, 64)])
+@pytest.mark.parametrize(("T", "S"), [("float16", "float32"), ("float16", "bfloat16"), ("bfloat16", "float16")])
+@pytest.mark.parametrize(("skip", "same"), [("H", False), ("HP", True), (None, True)])
+def test_a_padded_prompt_is_the_recurrence(P, N, T, S, skip, same):
+    """The launches over memory of the host: copies by their definition, the tensor cores' part by the recurrence.
+
+    Whatever a kernel is told to read or write has to lie in a tensor or in the workspace, which is full of NaN.
+    """
+    batch, length, heads, groups = 3, 130, 4, 2
+    generator = torch.Generator().manual_seed(P * N)
+    state_type, item = getattr(torch, S), getattr(torch, T)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    tensors = {
+        "x": normal(batch, length, heads * P, dtype=item),
+        "dt": normal(batch, length, heads, dtype=item),
+        "A": -normal(heads).exp(),
+        "B": normal(batch, length, groups * N, dtype=item),
+        "C": normal(batch, length, groups * N, dtype=item),
+        "D": {"H": normal(heads), "HP": normal(heads, P), None: None}[skip],
+        "dt_bias": normal(heads),
+        "ssm_state": normal(batch, heads, P, N, dtype=state_type),
+        "seq_lens": torch.tensor([length, 0, 77], dtype=torch.int32),
+    }
+    for name in ("x", "dt", "B", "C"):
+        tensors[name][1] = tensors[name][2, 77:] = math.nan
+    given = [None if t is None else t.clone() for t in tensors.values()]
+    want_y, want_state = recurrence.ssd_scan(*given, True, 0.01, 2.0, groups)
+    y = torch.full_like(tensors["x"], math.nan)
+    state_out = tensors["ssm_state"] if same else torch.full_like(tensors["ssm_state"], math.nan)
+    call = kernels.MambaSsdScan(
+        batch=batch, length=length, heads=heads, head_dim=P, state_size=N, groups=groups,
+        dtype=("float32", "float16", "bfloat16").index(T), state_dtype=("float32", "float16", "bfloat16").index(S),
+        dt_softplus=1, skip_per_channel=skip == "HP", dt_min=0.01, dt_max=2.0,
+        **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
+        y=y.data_ptr(), ssm_state_out=state_out.data_ptr(),
+    )  # fmt: skip
+    needed = launches.workspace_bytes("ssd_scan", call)
+    memory = torch.full((needed + 255,), 255, dtype=torch.uint8)  # 16 or 32 bits of 1 are NaN
+    workspace = -(-memory.data_ptr() // 256) * 256
+    owned = [memory, y, state_out, *(t for t in tensors.values() if t is not None)]
+
+    def at(pointer: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        ends = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in owned]
+        ends[0] = (workspace, workspace + needed)
+        assert any(start <= pointer and pointer + size <= end for start, end in ends)
+        view = (ctypes.c_uint8 * size).from_address(pointer)
+        return torch.frombuffer(view, dtype=dtype).view(shape)
+
+    words = {"uint16_t": torch.int16, "uint32_t": torch.int32, "uint2": torch.int64, "uint4": torch.complex128}
+    planned = launches.ssd_scan(call, workspace, DEVICES[0])
+    assert any("chunk_kernel" in one.kernel for one in planned)
+    for one in planned:
+        argument = one.arguments[0]
+        if "pad_kernel" in one.kernel:
+            r, word = argument, words[re.sub(r".*<|>", "", one.kernel)]
+            count = r.rows // r.to_rows
+            source = at(r.from_, (count, r.from_rows, r.from_cols), word)
+            target = at(r.to, (count, r.to_rows, r.to_cols), word)
+            target.zero_()
+            rows, cols = min(r.from_rows, r.to_rows), min(r.from_cols, r.to_cols)
+            target[:, :rows, :cols] = source[:, :rows, :cols]
+        elif one.kernel.endswith("true>"):
+            c, p, n = argument, argument.head_dim, argument.state_size
+            assert (p, n) == (-(-P // 8) * 8, -(-N // 8) * 8)
+            group = (batch, length, groups * n)
+            d = at(c.D, (heads, p) if skip == "HP" else (heads,), torch.float32) if c.D else None
+            result = recurrence.ssd_scan(
+                at(c.x, (batch, length, heads * p), item), at(c.dt, (batch, length, heads), item),
+                at(c.A, (heads,), torch.float32), at(c.B, group, item), at(c.C, group, item), d,
+                at(c.dt_bias, (heads,), torch.float32), at(c.ssm_state, (batch, heads, p, n), state_type),
+                at(c.seq_lens, (batch,), torch.int32), True, c.dt_min, c.dt_max, groups,
+            )  # fmt: skip
+            at(c.y, (batch, length, heads * p), item).copy_(torch.from_numpy(result[0]))
+            at(c.ssm_state_out, (batch, heads, p, n), state_type).copy_(torch.from_numpy(result[1]))
+    torch.testing.assert_close(y, torch.from_numpy(want_y).to(item))
+    torch.testing.assert_close(state_out, torch.from_numpy(want_state).to(state_type))
+    for (name, after), before in zip(tensors.items(), given, strict=True):
+        if after is not None and not (same and name == "ssm_state"):
+            assert torch.equal(after.view(torch.uint8), before.view(torch.uint8)), name
 
 
 def test_files_of_the_kernels_are_there():

@@ -143,6 +143,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "step": {"L": 1, "B": 3, "seq_lens": [1, 0, 1]},
     "chunks": {"L": 150, "T": BF16},
     "recurrent": {"L": 40, "T": F32},
+    "padded": {"L": 150, "T": BF16, "P": 60, "N": 100},
 }
 AXES: list[tuple[str, list[Any]]] = [
     ("T", [F32, F16, BF16]),
@@ -157,6 +158,7 @@ AXES: list[tuple[str, list[Any]]] = [
     ("limits", [(0.1, 0.4)]),
 ]
 LENGTHS = [2, 3, 4, 5, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200]
+PAD_TOKENS = 128  # from here on P and N that are no multiples of 8 are padded
 
 
 def _cases() -> list[Any]:
@@ -169,7 +171,8 @@ def _cases() -> list[Any]:
                 shown = NAMES[value] if isinstance(value, torch.dtype) else value
                 cases.append(pytest.param({**base, axis: value, **heads}, id=f"{form}-{axis}-{shown}"))
         if form != "step":
-            cases += [pytest.param({**base, "L": n, "P": 20, "N": 24}, id=f"{form}-L-{n}") for n in LENGTHS]
+            sizes = {"P": 15, "N": 25} if form == "padded" else {"P": 20, "N": 24}
+            cases += [pytest.param({**base, "L": n, **sizes}, id=f"{form}-L-{n}") for n in LENGTHS]
         for t, name in NAMES.items():
             cases.append(pytest.param({**base, "T": t, "P": 80, "N": 128}, id=f"{form}-T-{name}-P-80-N-128"))
         batches = {"B": 7, "seq_lens": [0, 1, 0, 1, 1, 1, 0] if form == "step" else None}
@@ -185,12 +188,75 @@ def test_equals_the_recurrence(kernels: Any, case: dict[str, Any], same: bool) -
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["out", "in-place"])
+@pytest.mark.parametrize(("S", "skip"), [(F32, "HP"), (F16, "H"), (BF16, "HP"), (F32, None)], ids=str)
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("P", "N"), [(60, 64), (64, 100), (60, 100), (63, 99), (1, 1), (250, 250)])
+def test_sizes_that_are_padded(
+    kernels: Any, P: int, N: int, T: torch.dtype, S: torch.dtype, skip: str | None, same: bool
+) -> None:
+    args = draw(B=4, L=PAD_TOKENS + 70, H=4, P=P, G=2, N=N, T=T, S=S, skip=skip, seq_lens=[198, 0, 65, 1])
+    check(args, *call(kernels, args, same))
+
+
+@pytest.mark.parametrize("L", [PAD_TOKENS - 1, PAD_TOKENS, PAD_TOKENS + 1])
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+def test_padded_or_not_is_the_same_but_for_roundings(kernels: Any, T: torch.dtype, L: int) -> None:
+    """Zeros written out by the caller: to the bit what padding gives, as the same kernels see the same."""
+    B, H, P, G, N = 2, 4, 60, 2, 100
+    args = draw(B=B, L=L, H=H, P=P, G=G, N=N, T=T, skip="HP", seq_lens=[L, 40])
+    y, state = call(kernels, args)
+    check(args, y, state)
+
+    def wider(array: Tensor, shape: tuple[int, ...], cols: int, rows: int = 0) -> Tensor:
+        return torch.nn.functional.pad(array.view(shape), (0, cols, 0, rows))
+
+    padded = list(args)
+    padded[0] = wider(args[0], (B, L, H, P), 4).reshape(B, L, -1)
+    padded[3], padded[4] = (wider(args[i], (B, L, G, N), 4).reshape(B, L, -1) for i in (3, 4))
+    padded[5] = wider(args[5], (H, P), 4)
+    padded[7] = wider(args[7], (B, H, P, N), 4, 4)
+    wide_y, wide_state = call(kernels, padded)
+    if L >= PAD_TOKENS:
+        assert torch.equal(bits(wide_y.view(B, L, H, -1)[..., :P].reshape(B, L, -1)), bits(y))
+        assert torch.equal(bits(wide_state[:, :, :P, :N].contiguous()), bits(state))
+    else:
+        check(args, wide_y.view(B, L, H, -1)[..., :P].reshape(B, L, -1), wide_state[:, :, :P, :N])
+
+
+@pytest.mark.parametrize("name", ["x", "B", "ssm_state", "D", "y", "state_out"])
+def test_padded_tensors_at_odd_addresses(kernels: Any, name: str) -> None:
+    """Copies of smaller words; with an x, y, B or C that is not copied the recurrent kernel runs."""
+
+    def move(given: Tensor) -> Tensor:
+        room = torch.full((given.numel() + 1,), NAN, dtype=given.dtype, device="cuda")
+        return room[1:].view(given.shape).copy_(given)
+
+    inputs = {"x": 0, "B": 3, "ssm_state": 7, "D": 5}
+    for P, N in ((60, 100), (64, 100), (60, 64)):
+        args = draw(L=PAD_TOKENS, P=P, N=N, T=BF16, S=BF16, skip="HP")
+        bound = Bound(kernels, args)
+        if name in inputs:
+            bound.args[inputs[name]] = move(bound.args[inputs[name]])
+        else:
+            setattr(bound, name, move(getattr(bound, name)))
+        bound.launch()
+        torch.cuda.synchronize()
+        check(args, bound.y.cpu(), bound.state_out.cpu())
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["out", "in-place"])
 @pytest.mark.parametrize("T", [F32, F16, BF16], ids=str)
 def test_a_long_prompt_is_cut_into_segments(kernels: Any, T: torch.dtype, same: bool) -> None:
     """Few heads: the launcher works on many pieces of time at once."""
     args = draw(B=2, L=3000, H=2, P=16, N=16, G=1, T=T, seq_lens=[2900, 1000])
     assert Bound(kernels, args).needed > 0
     check(args, *call(kernels, args, same))
+
+
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+def test_a_long_padded_prompt_is_cut_into_segments(kernels: Any, T: torch.dtype) -> None:
+    args = draw(B=3, L=3000, H=2, P=15, N=17, G=1, T=T, S=F16, skip="HP", seq_lens=[2900, 0, 1000])
+    check(args, *call(kernels, args, same=T == BF16))
 
 
 @pytest.mark.parametrize("T", [F32, F16, BF16], ids=str)
@@ -289,11 +355,12 @@ def test_more_rows_than_a_grid_has_in_y(kernels: Any, L: int, T: torch.dtype) ->
 
 
 @pytest.mark.slow
-def test_more_elements_than_32_bits_count(kernels: Any) -> None:
-    """x has 2^32 elements. The state forgets within 100 tokens, so the end is known without the beginning."""
+@pytest.mark.parametrize("P", [64, 63])
+def test_more_elements_than_32_bits_count(kernels: Any, P: int) -> None:
+    """x has 2^32 elements, or its padded copy; the state forgets within 100 tokens: the end needs no beginning."""
     if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
         pytest.skip("needs 60 GiB of GPU memory")
-    L, H, P, N = 2**20, 64, 64, 16
+    L, H, N = 2**20, 64, 16
     tail = draw(B=1, L=300, H=H, P=P, N=N, G=1, A=-1.0, skip=None, bias=False)
     args = [a.cuda() if isinstance(a, Tensor) else a for a in tail]
     for i in TOKENS:
