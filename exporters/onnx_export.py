@@ -2,7 +2,7 @@
 
 Inputs and outputs are the table of :mod:`mamba_deploy.contract`. The custom ops stand in the graph as nodes of
 domain ``mamba_deploy``, each with a function body, so that stock ONNX Runtime runs the file and TensorRT finds its
-plugins by the same names.
+plugins by the same names. The residual stream after layer i is named ``hidden.{i}``, for who wants to look at it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from mamba_deploy import ops
+from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError
 from mamba_deploy.exporters.functions import DOMAIN, VERSION, function_bodies, register_schemas
@@ -73,6 +74,7 @@ def export_onnx(model: MambaModel, contract: Contract, path: Path, *, opset: int
     # A low limit on what is folded, so that no weight is stored twice.
     onnxscript.optimizer.optimize(program.model, input_size_limit=16)
     common.ClearMetadataAndDocStringPass()(program.model)  # the exporter's stack traces
+    _name_layers(program.model.graph, model.config)
     for body in function_bodies(model.config, contract, opset):
         function = onnx_ir.serde.deserialize_function(body)
         program.model.functions[function.identifier()] = function
@@ -166,6 +168,25 @@ def _store_transposed(graph: onnx_ir.Graph) -> None:
 
 def _transposed(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
     return onnx_ir.tensor(tensor.raw.detach().t().contiguous())
+
+
+def _name_layers(graph: onnx_ir.Graph, config: MambaConfig) -> None:
+    """Name [batch, seq, d_model] after each layer: the first sum of two computed tensors that its scan's y leads to."""
+    names = {f"ssm_state_out.{i}": f"hidden.{i}" for i in range(config.n_layer)}
+    behind: set[onnx_ir.Value | None] = set()  # what the last scan leads to
+    name, count = "", 0
+    for node in graph:
+        result = node.outputs[0]
+        if node.outputs[-1].name in names:
+            name, behind = names[str(node.outputs[-1].name)], {result}
+        elif behind.intersection(node.inputs):
+            is_sum = node.op_type == "Add" and all(v is not None and v.const_value is None for v in node.inputs)
+            if is_sum and result.shape is not None and result.shape[-1] == config.d_model:
+                result.name, behind, count = name, set(), count + 1
+            else:
+                behind.update(node.outputs)
+    if count != config.n_layer:
+        raise ExportError(f"the graph has the sums of {count} layers where the model has {config.n_layer} layers")
 
 
 def _check_contract(graph: onnx_ir.Graph, contract: Contract) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx_ir
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba_deploy.bundle import PORTABLE, WEIGHTS, Bundle
 from mamba_deploy.config import MambaConfig
@@ -114,10 +115,12 @@ def reference_answers(
     arrays: dict[str, NDArray] = {}
     with torch.inference_mode():
         for i, prompt in enumerate(prompts):
-            logits, state = model(torch.tensor([prompt]), all_logits=True)
+            with _kept(model.layers if i == 0 else []) as hidden:
+                logits, state = model(torch.tensor([prompt]), all_logits=True)
             arrays[f"prompt.{i}"] = np.array(prompt, np.int32)
             arrays[f"logits.{i}"] = logits[0].numpy()
             if i == 0:
+                arrays |= {f"hidden.{layer}": h[0].numpy() for layer, h in enumerate(hidden)}
                 for layer, (conv, ssm) in enumerate(zip(state.conv, state.ssm, strict=True)):
                     arrays[f"conv_state.{layer}"], arrays[f"ssm_state.{layer}"] = conv[0].numpy(), ssm[0].numpy()
             last, tokens, gaps = logits[:, -1], [], []
@@ -130,6 +133,18 @@ def reference_answers(
             arrays[f"greedy.{i}"] = np.array(tokens, np.int32)
             arrays[f"greedy_gap.{i}"] = np.array(gaps, np.float32)
     return Answers(arrays)
+
+
+@contextlib.contextmanager
+def _kept(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """What these layers give to the next, [B, L, d_model] each, as they run."""
+    hidden: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda layer, given, found: hidden.append(found[0])) for layer in layers]
+    try:
+        yield hidden
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def write_answers(answers: Answers, path: Path) -> None:

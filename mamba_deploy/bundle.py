@@ -23,6 +23,7 @@ from mamba_deploy.errors import BundleError
 
 __all__ = [
     "CONFIG",
+    "ENGINES",
     "FORMAT_VERSION",
     "LOWERED",
     "MANIFEST",
@@ -31,6 +32,7 @@ __all__ = [
     "TOKENIZER",
     "WEIGHTS",
     "Bundle",
+    "add_engine",
     "write_bundle",
 ]
 
@@ -42,6 +44,7 @@ PORTABLE = "model.onnx"
 LOWERED = "model.cpu.onnx"
 WEIGHTS = "model.onnx.data"
 REFERENCE = "reference.safetensors"
+ENGINES = {"tensorrt": "model.tensorrt.engine", "tensorrt-rtx": "model.tensorrt-rtx.engine"}  # by backend
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,18 @@ class Bundle:
             BundleError: The bundle has no such file, or it is not what was written.
         """
         return _checked(self.path, self.manifest, name)
+
+    def engine(self, backend: str) -> Mapping[str, Any]:
+        """What the manifest says of the engine that was built for a backend.
+
+        Raises:
+            BundleError: None was built.
+        """
+        found = self.manifest.get("engines", {}).get(backend)
+        if found is None:
+            other = "" if backend == "tensorrt" else f" --backend {backend}"
+            raise BundleError(f"{self.path} has no engine for {backend}", hint=f"mamba-deploy build {self.path}{other}")
+        return found
 
     def has(self, name: str) -> bool:
         """Whether the manifest lists the file."""
@@ -129,17 +144,18 @@ def _checked(directory: Path, manifest: Mapping[str, Any], name: str) -> Path:
         raise BundleError(f"{directory} has no {name}", hint="export the model again")
     path = directory / name
     if not path.is_file():
-        raise BundleError(f"{path} is missing", hint="copy the whole directory, or export the model again")
+        raise BundleError(f"{path} is missing", hint="copy the whole directory, or make it again")
     size = path.stat().st_size
+    made, again = ("built", "build the engine") if name in ENGINES.values() else ("exported", "export the model")
     if size != listed["bytes"]:
         raise BundleError(
             f"{path} has {size} bytes where the manifest says {listed['bytes']}",
-            hint="the copy may be incomplete; copy it again, or export the model again",
+            hint=f"the copy may be incomplete; copy it again, or {again} again",
         )
     if sha256(path) != listed["sha256"]:
         raise BundleError(
-            f"{path} is not the file that was exported: its sha256 differs from the manifest's",
-            hint="the file was damaged or changed; copy it again, or export the model again",
+            f"{path} is not the file that was {made}: its sha256 differs from the manifest's",
+            hint=f"the file was damaged or changed; copy it again, or {again} again",
         )
     return path
 
@@ -210,6 +226,39 @@ def write_bundle(
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def add_engine(bundle: Bundle, backend: str, made: Path, facts: Mapping[str, Any]) -> Bundle:
+    """Put an engine into a bundle, in place of one for the same backend.
+
+    Args:
+        bundle: As it was when the build began.
+        backend: A key of :data:`ENGINES`.
+        made: The engine, in the bundle's file system; it is moved.
+        facts: What the engine hangs on, for the manifest.
+
+    Returns:
+        The bundle, opened again.
+
+    Raises:
+        BundleError: The directory cannot be written, or was changed by another program meanwhile.
+    """
+    name = ENGINES[backend]
+    if _read_manifest(bundle.path) != bundle.manifest:
+        raise BundleError(f"{bundle.path} was changed during the build", hint="build again")
+    manifest = dict(bundle.manifest)
+    manifest["files"] = {**manifest["files"], name: {"bytes": made.stat().st_size, "sha256": sha256(made)}}
+    manifest["engines"] = {**manifest.get("engines", {}), backend: dict(facts)}
+    written = made.with_name(MANIFEST)
+    try:
+        written.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        made.replace(bundle.path / name)
+        written.replace(bundle.path / MANIFEST)
+    except OSError as error:
+        raise BundleError(
+            f"{bundle.path} could not be written: {error}", hint="check the free space and the permissions there"
+        ) from error
+    return Bundle.open(bundle.path)
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:

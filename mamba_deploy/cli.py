@@ -23,7 +23,7 @@ from mamba_deploy.errors import EngineError, InputError, MambaDeployError, requi
 if TYPE_CHECKING:
     from mamba_deploy.runtime.generate import Statistics
     from mamba_deploy.runtime.session import Session
-    from mamba_deploy.runtime.verify import Answers
+    from mamba_deploy.runtime.verify import Answers, Report
 
 __all__ = ["main"]
 
@@ -75,13 +75,20 @@ def main() -> None:
 def _backend_option(default: str = "onnxruntime") -> Callable[..., Any]:
     return click.option(
         "--backend",
-        type=click.Choice(["onnxruntime", "torch"]),
+        type=click.Choice(["onnxruntime", "torch", "tensorrt", "tensorrt-rtx"]),
         default=default,
         show_default=True,
         help="What runs it.",
     )
 
 
+_provider_option = click.option(
+    "--provider",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Of ONNX Runtime; cuda is the first GPU.",
+)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _threads_option = click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator.")
 
@@ -147,40 +154,117 @@ def export(
         click.echo(f"{bundle.path}: {bundle.config.generation}, {dtype}, {size / 1e6:.1f} MB")
 
 
+# --- build --------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="Default: tensorrt, or what is installed."
+)
+@click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Rows of a step.")
+@click.option(
+    "--max-prefill", type=click.IntRange(min=1, max=1 << 20), default=2048, show_default=True,
+    help="Tokens of a prompt call; longer prompts are read in several.",
+)  # fmt: skip
+@click.option(
+    "--prefill-batch", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Rows of a prompt call; memory grows with it.",
+)  # fmt: skip
+@click.option(
+    "--plugins", type=click.Choice(["auto", "library", "python"]), default="auto", show_default=True,
+    help="C++ library, or Python over NVRTC.",
+)  # fmt: skip
+@click.option("--workspace", "workspace_mib", type=click.IntRange(min=1), help="Most MiB the builder may use.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Of the builder; higher is slower to build.")
+@click.option(
+    "--compute-capability", "compute_capabilities", multiple=True, metavar="8.6",
+    help="For tensorrt-rtx: build for this GPU, without having it; may be given several times.",
+)  # fmt: skip
+@click.option("--timing-cache/--no-timing-cache", "use_timing_cache", default=True, help="Keep timings between builds.")
+@_json_option
+def build(out: Path, backend: str | None, as_json: bool, **options: Any) -> None:
+    """Build the TensorRT engine of the bundle OUT, on the machine that is to run it."""
+    require("onnx", extra="tensorrt", why="read the graph")
+    from mamba_deploy.bundle import ENGINES
+    from mamba_deploy.exporters.engine_build import build_engine
+
+    backend = backend or _installed_backend()
+    bundle = build_engine(out, backend=backend, say=_say, **options)
+    facts, size = bundle.engine(backend), bundle.manifest["files"][ENGINES[backend]]["bytes"]
+    path = str(bundle.path / ENGINES[backend])
+    if as_json:
+        _print_json({"path": path, "bytes": size, "engine": facts})
+    else:
+        bound = sum(length for _, length in facts["weights"].values())
+        beside = f", {bound / 1e6:.1f} MB of weights stay in model.onnx.data" if bound else ""
+        product = f"{facts['product']} {facts['version']}"
+        click.echo(f"{path}: {product}, {size / 1e6:.1f} MB{beside}, built in {facts['build_seconds']} s")
+
+
+def _installed_backend() -> str:
+    from importlib.util import find_spec
+
+    only_rtx = find_spec("tensorrt") is None and find_spec("tensorrt_rtx_bindings") is not None
+    return "tensorrt-rtx" if only_rtx else "tensorrt"
+
+
 # --- verify -------------------------------------------------------------------------------------------------------
 
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @_backend_option()
+@_provider_option
 @click.option("--checkpoint", help="Compare with this checkpoint's answers, made by PyTorch now.")
+@click.option("--layers", is_flag=True, help="Compare the values after each layer too, and name the first to drift.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the errors as a PNG file.")
 @_threads_option
 @_json_option
 def verify(
-    out: Path, backend: str, checkpoint: str | None, plot_file: Path | None, threads: int | None, as_json: bool
+    out: Path,
+    backend: str,
+    provider: str,
+    checkpoint: str | None,
+    layers: bool,
+    plot_file: Path | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Compare the bundle OUT with PyTorch: logits, states, greedy tokens. Exit code 3 if they differ.
 
     The answers of PyTorch are in the bundle; PyTorch itself is needed for --checkpoint and --backend torch only.
+    For --layers, TensorRT builds a second engine, and keeps it no longer than it needs it.
     """
     from mamba_deploy.bundle import Bundle
     from mamba_deploy.runtime.ort import cannot_run
     from mamba_deploy.runtime.verify import plot
     from mamba_deploy.runtime.verify import verify as run
 
+    _check_provider(backend, provider)
+    if layers and backend == "torch":
+        raise click.UsageError("--layers is not for --backend torch: it is what the layers are compared with")
+    if layers:
+        require("onnx", extra="export", why="make outputs of what the layers give")
     if plot_file is not None:
         require("matplotlib", extra="plot", why="draw the errors")  # said before the work, not after
     bundle = Bundle.open(out)
     answers = _answers(bundle, checkpoint)
-    reports = []
+    if layers:
+        answers.hidden(bundle.config)  # raises where there are none
+    reports, by_layer = [], []
     for graph in ("lowered", "portable") if backend == "onnxruntime" else ("auto",):
-        if backend == "onnxruntime" and (reason := cannot_run(graph, bundle.config, bundle.contract)):
+        if backend == "onnxruntime" and (reason := cannot_run(graph, bundle.config, bundle.contract, provider)):
             _say(f"the {graph} graph is not run: {reason}")
             continue
-        with _open(out, backend, threads, graph) as session:
+        with _open(out, backend, provider, threads, graph) as session:
             _say(f"verifying {session.backend.name}")
             reports.append(run(session, answers))
+            name = session.backend.name
+        if layers:
+            _say("verifying it layer by layer")
+            by_layer.append(_verify_layers(name, bundle, answers, backend, provider, threads, graph))
+            reports.append(by_layer[-1])
     if not reports:
         raise EngineError(f"nothing was verified: no graph of {out} runs here", hint="try --backend torch")
     passed = all(report.passed for report in reports)
@@ -194,8 +278,10 @@ def verify(
         plot(reports, plot_file)
         _say(f"wrote {plot_file}")
     if not passed:
-        first = next(c for r in reports for c in r.checks if not c.passed)
-        _say(f"first difference: {first.where} (error {first.error:.1e}, allowed {first.tolerance:.1e})")
+        for what, among in (("first difference", reports), ("first layer to drift", by_layer)):
+            first = next((c for r in among for c in r.checks if not c.passed), None)
+            if first is not None:
+                _say(f"{what}: {first.where} (error {first.error:.1e}, allowed {first.tolerance:.1e})")
         click.get_current_context().exit(EXIT_MISMATCH)
 
 
@@ -221,10 +307,29 @@ def _answers(bundle: Any, checkpoint: str | None) -> Answers:
     return reference_answers(config, rounded, [stored.prompt(i) for i in range(stored.count)])
 
 
-def _open(out: Path, backend: str, threads: int | None, graph: str = "auto") -> Session:
+def _verify_layers(
+    name: str, bundle: Any, answers: Answers, backend: str, provider: str, threads: int | None, graph: str
+) -> Report:
+    from mamba_deploy.exporters.layers import onnxruntime_layers, tensorrt_layers
+    from mamba_deploy.runtime.verify import verify_layers
+
+    prompt = answers.prompt(0)
+    if backend == "onnxruntime":
+        found = onnxruntime_layers(bundle, prompt, graph=graph, provider=provider, threads=threads)
+    else:
+        found = tensorrt_layers(bundle, prompt, backend=backend, say=_say)
+    return verify_layers(name, found, answers, bundle.config, bundle.contract)
+
+
+def _open(out: Path, backend: str, provider: str, threads: int | None, graph: str = "auto") -> Session:
     from mamba_deploy.runtime.session import Session
 
-    return Session.open(out, backend, threads=threads, graph=graph)  # type: ignore[arg-type]
+    return Session.open(out, backend, provider=provider, threads=threads, graph=graph)  # type: ignore[arg-type]
+
+
+def _check_provider(backend: str, provider: str) -> None:
+    if provider != "cpu" and backend != "onnxruntime":
+        raise click.UsageError(f"--provider {provider} is for --backend onnxruntime, not {backend}")
 
 
 # --- generate -----------------------------------------------------------------------------------------------------
@@ -243,6 +348,7 @@ def _open(out: Path, backend: str, threads: int | None, graph: str = "auto") -> 
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="Text that ends a row; may be given several times.")
 @_backend_option()
+@_provider_option
 @_threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line: each token, then statistics.")
 @click.pass_context
@@ -254,6 +360,7 @@ def generate(
     max_tokens: int,
     stop: tuple[str, ...],
     backend: str,
+    provider: str,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -263,13 +370,14 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise click.UsageError("give either --prompt or --prompts")
+    _check_provider(backend, provider)
     for name in ("top_k", "top_p", "min_p", "seed"):
         given = context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         if given and sampling["temperature"] == 0:
             _say(f"--{name.replace('_', '-')} changes nothing without --temperature: the likeliest token is taken")
     texts = _texts(prompt, prompts)
     statistics = Statistics()
-    with _open(out, backend, threads) as session:
+    with _open(out, backend, provider, threads) as session:
         rows = texts if session.tokenizer is not None else [_ids(text) for text in texts]
         if not rows or not all(rows):
             empty = next((i for i, row in enumerate(rows) if not row), 0)
@@ -343,10 +451,14 @@ def _report(statistics: Statistics, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @_json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint, a bundle, or an ONNX file; its sizes, dtypes, inputs and outputs."""
+    """Say what PATH is: a checkpoint, a bundle, an ONNX file, or an engine; its sizes, dtypes, inputs and outputs."""
     from mamba_deploy.inspection import describe, render
 
     facts = describe(path)
+    if facts["kind"] == "engine":
+        from mamba_deploy.runtime.engine_report import layers
+
+        facts |= layers(path.parent, facts["backend"])
     if as_json:
         _print_json(facts)
     else:
@@ -444,3 +556,19 @@ def plugin_info(as_json: bool) -> None:
         shown = " ".join(f"sm_{a}" for a in entry["architectures"])
         made_with = ", ".join(part for part in (f"CUDA {entry['cuda']}", entry["tensorrt"]) if part)
         click.echo(f"{entry['name'] + ':':14}{state}, {shown}, {made_with}, {entry['date']}\n{'':14}{entry['path']}")
+
+
+# --- doctor -------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine has to export, build and run models, what it lacks, and how to get it."""
+    from mamba_deploy.runtime.doctor import diagnose, render
+
+    facts = diagnose()
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(render(facts))

@@ -6,17 +6,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mamba_deploy.bundle import LOWERED, MANIFEST, Bundle
+from mamba_deploy.bundle import ENGINES, LOWERED, MANIFEST, WEIGHTS, Bundle
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
-from mamba_deploy.errors import InputError, require
+from mamba_deploy.errors import BundleError, InputError, require
 from mamba_deploy.limits import Limits, parameter_count
 
 __all__ = ["describe", "render"]
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts about a checkpoint directory, a bundle directory or an ONNX file, ready for JSON.
+    """Facts about a checkpoint directory, a bundle directory, an ONNX file or an engine in its bundle, ready for JSON.
 
     Raises:
         MambaDeployError: The path is none of these, or damaged.
@@ -24,8 +24,10 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"there is no {path}", hint="give a checkpoint's or a bundle's directory, or an .onnx file")
     if path.is_file():
+        if path.suffix == ".engine":
+            return _engine_file_facts(path)
         if path.suffix != ".onnx":
-            raise InputError(f"{path} is neither a directory nor an .onnx file")
+            raise InputError(f"{path} is neither a directory nor an .onnx file nor an .engine file")
         return _onnx_facts(path)
     is_bundle = any((path / name).is_file() for name in (MANIFEST, LOWERED))  # one without its manifest is damaged
     return _bundle_facts(path) if is_bundle else _checkpoint_facts(path)
@@ -58,8 +60,44 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
         "logits": bundle.manifest["logits"],
         "tools": bundle.manifest.get("tools", {}),
         "files": bundle.manifest["files"],
+        "engines": {backend: _engine_facts(bundle, backend) for backend in bundle.manifest.get("engines", {})},
         "contract": bundle.manifest["contract"],
     }
+
+
+def _engine_file_facts(path: Path) -> dict[str, Any]:
+    if not (path.parent / MANIFEST).is_file():
+        raise InputError(
+            f"{path} tells nothing alone: there is no {MANIFEST} beside it", hint="give the engine where it was built"
+        )
+    bundle = Bundle.open(path.parent)
+    backend = next((backend for backend in bundle.manifest.get("engines", {}) if ENGINES.get(backend) == path.name), "")
+    if not backend:
+        raise InputError(
+            f"{path} is no engine of the bundle it lies in: {MANIFEST} does not tell of it",
+            hint=f"mamba-deploy build {path.parent}",
+        )
+    bundle.file(path.name)
+    return {"kind": "engine", "path": str(path), "backend": backend, **_engine_facts(bundle, backend)}
+
+
+def _engine_facts(bundle: Bundle, backend: str) -> dict[str, Any]:
+    try:
+        facts = bundle.engine(backend)
+        built_for = [facts["architecture"]] if facts["architecture"] else facts["compute_capabilities"]
+        kept = ("product", "version", "max_batch", "max_prefill", "prefill_batch", "plugins", "build_seconds")
+        return {
+            "file": ENGINES[backend],
+            "bytes": bundle.manifest["files"][ENGINES[backend]]["bytes"],
+            "gpus": [f"sm_{name}" for name in built_for],  # none: those that TensorRT-RTX takes unless told
+            "bound_weight_bytes": sum(length for _, length in facts["weights"].values()),  # 0: all are inside
+            **{key: facts[key] for key in kept},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{bundle.path / MANIFEST}: what it says of the engine for {backend} is damaged",
+            hint=f"mamba-deploy build {bundle.path} --backend {backend}",
+        ) from error
 
 
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
@@ -123,10 +161,32 @@ def render(facts: dict[str, Any]) -> str:
             lines += _section(key.replace("_", " "), facts[key])
     if "files" in facts:
         lines += _section("files", {name: f"{entry['bytes']:,} bytes" for name, entry in facts["files"].items()})
+    for backend, engine in facts.get("engines", {}).items():
+        lines += _section(f"engine for {backend}", _shown(engine))
+    if facts["kind"] == "engine":
+        lines += _section(f"engine for {facts['backend']}", _shown(facts))
+        for profile, layers in facts.get("profiles", {}).items():
+            lines.append(f"layers of profile {profile}")
+            lines += [f"  {layer['name']}  {layer['type']}  {layer['tactic']}".rstrip() for layer in layers]
+        if "no_layers" in facts:
+            lines.append(f"no layers are shown: {facts['no_layers']}")
     if "contract" in facts:
         lines.append("inputs and outputs")
         lines += [f"  {t['direction']:<3} {t['name']:<20} {t['dtype']:<9} {t['axes']}" for t in facts["contract"]]
     return "\n".join(lines)
+
+
+def _shown(engine: dict[str, Any]) -> dict[str, Any]:
+    bound = engine["bound_weight_bytes"]
+    return {
+        "file": f"{engine['file']}, {engine['bytes']:,} bytes",
+        "weights": f"{bound:,} bytes in {WEIGHTS}" if bound else "inside",
+        "built with": f"{engine['product']} {engine['version']}, plugins: {engine['plugins']}",
+        "built for": ", ".join(engine["gpus"]) or f"the GPUs of {engine['product']}",
+        "built in": f"{engine['build_seconds']} s",
+        "step": f"up to {engine['max_batch']} rows",
+        "prompt call": f"up to {engine['prefill_batch']} rows of {engine['max_prefill']} tokens",
+    }
 
 
 def _section(title: str, values: dict[str, Any]) -> list[str]:

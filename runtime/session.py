@@ -7,8 +7,9 @@ logits = session.step(logits.argmax(-1))        # float32 [2, V]
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -16,21 +17,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mamba_deploy.bundle import LOWERED, PORTABLE, TOKENIZER, WEIGHTS, Bundle
+from mamba_deploy.bundle import ENGINES, LOWERED, PORTABLE, TOKENIZER, WEIGHTS, Bundle
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError
-from mamba_deploy.runtime.backend import Backend
-from mamba_deploy.runtime.generate import Statistics, Token, generate
-from mamba_deploy.runtime.ort import OrtBackend, cannot_run
+from mamba_deploy.runtime.backend import Backend, BatchState
+from mamba_deploy.runtime.generate import Ahead, Statistics, Token, generate
+from mamba_deploy.runtime.ort import PROVIDERS, OrtBackend, cannot_run
 from mamba_deploy.runtime.sampling import Sampling
-from mamba_deploy.runtime.state import Snapshot, State, check_fits
+from mamba_deploy.runtime.state import Snapshot, check_fits
 from mamba_deploy.runtime.tokenizer import Tokenizer
 
 __all__ = ["BACKENDS", "Session"]
 
-BACKENDS = ("onnxruntime", "torch")
-DEFAULT_MAX_CHUNK = 512
+BACKENDS = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+DEFAULT_MAX_CHUNK = 512  # of backends that can be given any number of tokens
 
 
 class Session:
@@ -46,19 +47,20 @@ class Session:
         config: MambaConfig,
         *,
         tokenizer_directory: Path | None = None,
-        max_chunk: int = DEFAULT_MAX_CHUNK,
+        max_chunk: int | None = None,
     ) -> None:
         """Use :meth:`open`; this is for backends of your own.
 
         Raises:
             InputError: ``max_chunk`` is below 1.
         """
-        if max_chunk < 1:
+        if max_chunk is not None and max_chunk < 1:
             raise InputError(f"max_chunk is {max_chunk}: expected 1 or more tokens")
+        most = getattr(backend, "max_chunk", None)  # of an engine, what it was built for
         self.config = config
-        self.max_chunk = max_chunk
+        self.max_chunk: int = min(max_chunk or most or DEFAULT_MAX_CHUNK, most or sys.maxsize)
         self._backend: Backend | None = backend
-        self._state: State | None = None
+        self._state: BatchState | None = None
         self._tokenizer_directory = tokenizer_directory
         self._tokenizer: Tokenizer | None = None
 
@@ -68,30 +70,38 @@ class Session:
         path: str | Path,
         backend: str = "onnxruntime",
         *,
+        provider: Literal["cpu", "cuda"] = "cpu",
         graph: Literal["auto", "lowered", "portable"] = "auto",
         threads: int | None = None,
-        max_chunk: int = DEFAULT_MAX_CHUNK,
+        max_chunk: int | None = None,
     ) -> Session:
         """Open a directory that ``mamba-deploy export`` wrote.
 
         Args:
             path: The directory.
-            backend: ``onnxruntime``, or ``torch`` for the PyTorch reference over the same weights.
+            backend: ``onnxruntime``; ``torch`` for the PyTorch reference over the same weights; ``tensorrt`` or
+                ``tensorrt-rtx`` for an engine that ``mamba-deploy build`` put there.
+            provider: For ONNX Runtime: ``cuda`` runs the same graph on the first GPU, and keeps the state there.
             graph: For ONNX Runtime: ``lowered`` is the graph made for CPUs, ``portable`` is ``model.onnx`` itself;
                 ``auto`` is the former, or with a warning the latter where ONNX Runtime lacks an operator of it.
             threads: Threads of one operator; None leaves it to the backend.
             max_chunk: Tokens of one call; longer prompts are read in several. It bounds memory, not what can be read.
+                None: 512, or as many as the engine was built for.
 
         Raises:
-            BundleError: The directory is no bundle, or damaged.
+            BundleError: The directory is no bundle, or damaged, or has no engine.
             MissingDependencyError: The backend's package is not installed.
             EngineError: The backend is unknown or cannot load the model.
-            InputError: ``graph`` or ``max_chunk`` is out of range.
+            InputError: ``graph``, ``provider`` or ``max_chunk`` is out of range.
         """
+        if provider not in PROVIDERS:
+            raise InputError(f"provider is {provider!r}: expected 'cpu' or 'cuda'")
+        if provider != "cpu" and backend in BACKENDS and backend != "onnxruntime":
+            raise InputError(f"provider {provider!r} is ONNX Runtime's: the backend is {backend!r}")
         bundle = Bundle.open(path)
         opened: Backend
         if backend == "onnxruntime":
-            opened = _open_onnxruntime(bundle, graph, threads)
+            opened = _open_onnxruntime(bundle, provider, graph, threads)
         elif backend == "torch":
             try:
                 from mamba_deploy.exporters.reference import TorchBackend
@@ -103,6 +113,10 @@ class Session:
                     hint="pip install 'mamba-deploy[export]'",
                 ) from error
             opened = TorchBackend.from_bundle(bundle, threads=threads)
+        elif backend in ENGINES:
+            from mamba_deploy.runtime.engine import TensorRTBackend
+
+            opened = TensorRTBackend(bundle, backend, say=lambda message: warnings.warn(message, stacklevel=2))
         else:
             raise EngineError(f"there is no backend '{backend}'", hint=f"choose one of: {', '.join(BACKENDS)}")
         directory = bundle.path if bundle.has(TOKENIZER) and bundle.file(TOKENIZER) else None
@@ -182,7 +196,7 @@ class Session:
         self,
         rows: Sequence[NDArray[np.int64]],
         lengths: NDArray[np.int32],
-        state: State,
+        state: BatchState,
         result: NDArray[np.float32],
         all_positions: bool,
     ) -> None:
@@ -224,7 +238,7 @@ class Session:
             raise InputError(f"step takes one token a row, [B] integers; got an array of shape {list(checked.shape)}")
         return self.prefill(checked[:, None])
 
-    def _state_for(self, batch: int) -> State:
+    def _state_for(self, batch: int) -> BatchState:
         if self._state is None:
             self._state = self.backend.new_state(batch)
         elif self._state.batch != batch:
@@ -323,7 +337,20 @@ class Session:
             stop=stop,
             tokenizer=self.tokenizer,
             statistics=statistics,
+            ahead=self._ahead,
         )
+
+    def _ahead(
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        limit: int,
+        draw: Callable[[int], float],
+    ) -> Ahead | None:
+        """Decoding on the device, where the backend has it: :meth:`runtime.engine.TensorRTBackend.decode_ahead`."""
+        start = getattr(self.backend, "decode_ahead", None)
+        return None if start is None else start(self._state, tokens, sampling, eos_ids, limit, draw)
 
     def _encode(self, prompt: Any) -> list[list[int]]:
         if hasattr(prompt, "tolist"):  # an array or a tensor
@@ -360,19 +387,20 @@ class Session:
         self.close()
 
 
-def _open_onnxruntime(bundle: Bundle, graph: str, threads: int | None) -> OrtBackend:
+def _open_onnxruntime(bundle: Bundle, provider: str, graph: str, threads: int | None) -> OrtBackend:
     if graph not in ("auto", "lowered", "portable"):
         raise InputError(f"graph is {graph!r}: expected 'auto', 'lowered' or 'portable'")
-    reason = cannot_run("lowered" if graph == "auto" else graph, bundle.config, bundle.contract)
+    reason = cannot_run("lowered" if graph == "auto" else graph, bundle.config, bundle.contract, provider)
     if graph == "auto":
         graph = "portable" if reason else "lowered"
         if reason:
             warnings.warn(f"{reason}: running the slower {PORTABLE} instead", stacklevel=3)
-            reason = cannot_run(graph, bundle.config, bundle.contract)
+            reason = cannot_run(graph, bundle.config, bundle.contract, provider)
     if reason:
         raise EngineError(f"{reason}: it cannot run the {graph} graph of {bundle.path}", hint="try the other graph")
     bundle.file(WEIGHTS)
-    return OrtBackend(bundle.file(LOWERED if graph == "lowered" else PORTABLE), bundle.contract, threads=threads)
+    path = bundle.file(LOWERED if graph == "lowered" else PORTABLE)
+    return OrtBackend(path, bundle.contract, threads=threads, provider=provider)
 
 
 def _token_rows(ids: Any, vocab_size: int) -> list[NDArray[np.int64]]:

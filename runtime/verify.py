@@ -33,7 +33,17 @@ from mamba_deploy.contract import Contract, to_float32
 from mamba_deploy.errors import VerifyError, require
 from mamba_deploy.runtime.session import Session
 
-__all__ = ["GREEDY_TOKENS", "Answers", "Check", "Report", "plot", "tolerance", "verification_prompts", "verify"]
+__all__ = [
+    "GREEDY_TOKENS",
+    "Answers",
+    "Check",
+    "Report",
+    "plot",
+    "tolerance",
+    "verification_prompts",
+    "verify",
+    "verify_layers",
+]
 
 GREEDY_TOKENS = 32
 PROMPT_TOKENS = (48, 19, 6)
@@ -53,7 +63,8 @@ class Answers:
 
     ``prompt.{i}`` int32 [L]; ``logits.{i}`` float32 [L, V]; ``greedy.{i}`` int32 [N] and ``greedy_gap.{i}`` float32
     [N], the lead of each greedy token over the second best, relative to the largest logit; ``conv_state.{layer}``
-    and ``ssm_state.{layer}`` float32 after prompt 0.
+    and ``ssm_state.{layer}`` float32 after prompt 0; ``hidden.{layer}`` float32 [L, d_model], the residual stream after
+    a layer at each position of prompt 0, which older files lack.
     """
 
     arrays: Mapping[str, NDArray]
@@ -66,6 +77,18 @@ class Answers:
     def prompt(self, i: int) -> list[int]:
         """Token ids of prompt i."""
         return [int(t) for t in self.arrays[f"prompt.{i}"]]
+
+    def hidden(self, config: MambaConfig) -> list[NDArray[np.float32]]:
+        """The residual stream after each layer, float32 [L, d_model] of prompt 0.
+
+        Raises:
+            VerifyError: It was not kept, or is of a model of another shape.
+        """
+        if "hidden.0" not in self.arrays:
+            raise VerifyError("the reference holds no values after each layer", hint="export the model again")
+        names = [f"hidden.{i}" for i in range(config.n_layer)]
+        _check_shapes(self, dict.fromkeys(names, (len(self.prompt(0)), config.d_model)))
+        return [self.arrays[name] for name in names]
 
     @classmethod
     def load(cls, path: Path) -> Answers:
@@ -93,13 +116,20 @@ def verification_prompts(vocab_size: int, encode: Any = None) -> list[list[int]]
     return [[int(t) for t in rng.integers(0, vocab_size, n)] for n in PROMPT_TOKENS]
 
 
-def tolerance(config: MambaConfig, contract: Contract) -> float:
-    """The largest relative error that rounding explains: see the head of this module."""
+def tolerance(config: MambaConfig, contract: Contract, *, layers: int | None = None) -> float:
+    """The largest relative error that rounding explains: see the head of this module.
+
+    Args:
+        config: The architecture.
+        contract: Its dtypes.
+        layers: After so many of them; None for all.
+    """
+    n_layer = config.n_layer if layers is None else layers
     width = max(config.d_model, config.d_inner)
     products = 4 if config.generation == "mamba" else 2
-    bound = min(4 * _ROUNDOFF["float32"] * math.sqrt(width * products * config.n_layer), 1e-4)
+    bound = min(4 * _ROUNDOFF["float32"] * math.sqrt(width * products * n_layer), 1e-4)
     if contract.dtype != "float32":
-        bound += 4 * _ROUNDOFF[contract.dtype] * math.sqrt((10 * config.n_layer + 2) / 3)
+        bound += 4 * _ROUNDOFF[contract.dtype] * math.sqrt((10 * n_layer + 2) / 3)
     if contract.state_dtype != "float32":
         bound += _ROUNDOFF[contract.state_dtype] * math.sqrt(64)
     return bound
@@ -187,12 +217,47 @@ def verify(session: Session, answers: Answers) -> Report:
     return Report(session.backend.name, checks)
 
 
+def verify_layers(
+    backend: str, found: Mapping[str, NDArray[np.float32]], answers: Answers, config: MambaConfig, contract: Contract
+) -> Report:
+    """Hold the residual stream after each layer to the reference: a check a layer, so that the first to drift shows.
+
+    The error is relative to the layer's largest value, and allowed as for a model that ends there.
+
+    Args:
+        backend: What made the values, for the report.
+        found: ``hidden.{layer}`` [L, d_model] of prompt 0, of every layer.
+        answers: As for :func:`verify`.
+        config: The architecture.
+        contract: Its dtypes.
+
+    Raises:
+        VerifyError: The answers hold no such values, or are about a model of another shape.
+    """
+    checks = []
+    for i, expected in enumerate(answers.hidden(config)):
+        bound, name = tolerance(config, contract, layers=i + 1), f"hidden.{i}"
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(found[name].astype(np.float64) - expected)
+        position, channel = (int(k) for k in np.unravel_index(np.argmax(difference), difference.shape))
+        error = _relative_error(found[name], expected)
+        where = f"{name}, position {position}, channel {channel}"
+        scale = max(float(np.max(np.abs(expected))), 1e-30)
+        series = [float(row.max()) / scale for row in difference]
+        checks.append(Check(f"layer {i}", error, bound, where, error <= bound, series))
+    return Report(f"{backend}, layer by layer", checks)
+
+
 def _check_fits(answers: Answers, session: Session) -> None:
     wanted: dict[str, tuple[int, ...]] = {spec.name: spec.shape(1)[1:] for spec in session.contract.states}
     for i in range(answers.count):
         wanted[f"prompt.{i}"] = (answers.arrays.get(f"prompt.{i}", np.empty(0)).size,)
         wanted[f"logits.{i}"] = (*wanted[f"prompt.{i}"], session.config.vocab_size)
         wanted[f"greedy.{i}"] = wanted[f"greedy_gap.{i}"] = (answers.arrays.get(f"greedy.{i}", np.empty(0)).size,)
+    _check_shapes(answers, wanted)
+
+
+def _check_shapes(answers: Answers, wanted: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in wanted.items():
         found = answers.arrays.get(name)
         if found is None or found.shape != shape or found.size == 0:

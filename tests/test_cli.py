@@ -20,6 +20,7 @@ from typing import Any
 import checkpoints
 import click
 import onnx
+import onnxruntime
 import pytest
 import safetensors.torch
 import tokenizers
@@ -135,14 +136,17 @@ def test_every_verb_of_the_design_is_there() -> None:
 
 FLAGS = {
     "export": "--dtype --state-dtype --opset --logits --force --tokenizer --json",
-    "verify": "--backend --checkpoint --plot --threads --json",
+    "verify": "--backend --provider --checkpoint --layers --plot --threads --json",
     "generate": "-p --prompt --prompts -n --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty "
-    "--seed --stop --backend --threads --json",
+    "--seed --stop --backend --provider --threads --json",
     "inspect": "--json",
+    "build": "--backend --max-batch --max-prefill --prefill-batch --plugins --workspace --optimization-level "
+    "--compute-capability --timing-cache --no-timing-cache --json",
+    "doctor": "--json",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", FLAGS)
 def test_help_names_every_flag(verb: str) -> None:
     for flag in ("-h", "--help"):
         done = command(verb, flag)
@@ -215,6 +219,9 @@ USAGE: list[tuple[Sequence[str], str]] = [
     (["export", "a", "b", "--logits", "some"], "'some' is not one of 'last', 'all'"),
     (["verify"], "Missing argument 'OUT'"),
     (["verify", "a", "--backend", "cuda"], "'cuda' is not one of 'onnxruntime', 'torch'"),
+    (["verify", "a", "--provider", "gpu"], "'gpu' is not one of 'cpu', 'cuda'"),
+    (["verify", "a", "--backend", "torch", "--provider", "cuda"], "--provider cuda is for --backend onnxruntime"),
+    (["generate", "a", "-p", "x", "--backend", "tensorrt", "--provider", "cuda"], "onnxruntime, not tensorrt"),
     (["verify", "a", "--threads", "0"], "0 is not in the range x>=1"),
     (["generate", "a"], "give either --prompt or --prompts"),
     (["generate", "a", "-p", "x", "-n", "0"], "0 is not in the range x>=1"),
@@ -318,6 +325,8 @@ EXTRAS: list[tuple[str, Sequence[str], str, str]] = [
     ("verify", ["--backend", "torch"], "onnx_ir", "export"),
     ("verify", ["--checkpoint", "x"], "torch", "export"),
     ("generate", ["-p", "x"], "onnxruntime", "cpu"),
+    ("verify", ["--provider", "cuda"], "onnxruntime", "gpu"),
+    ("generate", ["-p", "x", "--provider", "cuda"], "onnxruntime", "gpu"),
     ("generate", ["-p", "x"], "tokenizers", "cpu"),
     ("generate", ["-p", "x", "--backend", "torch"], "torch", "export"),
 ]
@@ -333,6 +342,16 @@ def test_a_missing_extra_is_named_with_its_pip_command(
     monkeypatch.delitem(sys.modules, "mamba_deploy.exporters.reference", raising=False)
     done = command(verb, text_bundle, *flags)
     assert_error(done, f"the Python package '{module}' is needed to ", hint=f"pip install 'mamba-deploy[{extra}]'")
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this ONNX Runtime has a CUDA provider"
+)
+@pytest.mark.parametrize(("verb", "flags"), [("verify", []), ("generate", ["-p", "x"])])
+def test_without_cuda_nothing_runs_on_the_cpu_instead(verb: str, flags: Sequence[str], text_bundle: Path) -> None:
+    done = command(verb, text_bundle, *flags, "--provider", "cuda")
+    assert_error(done, "has no CUDAExecutionProvider here, only ", hint="pip install 'mamba-deploy[gpu]'")
+    assert command(verb, text_bundle, *flags, "--provider", "cpu").exit_code == 0
 
 
 # --- export -------------------------------------------------------------------------------------------------------

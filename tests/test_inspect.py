@@ -18,9 +18,10 @@ import torch
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
-from mamba_deploy.bundle import LOWERED, MANIFEST, PORTABLE, REFERENCE, WEIGHTS
+from mamba_deploy.bundle import ENGINES, LOWERED, MANIFEST, PORTABLE, REFERENCE, WEIGHTS, Bundle, add_engine
 from mamba_deploy.cli import main
 from mamba_deploy.inspection import describe, render
+from mamba_deploy.runtime import engine_report
 
 Bundles = Callable[..., Any]  # the factory of conftest.py
 
@@ -226,6 +227,133 @@ def test_a_bundle_whose_manifest_names_no_tools(bundle: Bundles, tmp_path: Path)
     path = Path(shutil.copytree(bundle("mamba").path, tmp_path / "out"))
     manifest(lambda m: m.pop("tools"))(path)
     assert facts_of(path)["tools"] == {}
+
+
+# --- an engine ----------------------------------------------------------------------------------------------------
+
+ENGINE_FACTS: dict[str, dict[str, Any]] = {  # as engine_build writes them
+    backend: {
+        "product": product, "version": "9.9.1", "plugins": "library", "plugin_sources": "0", "platform": "linux-x86_64",
+        "architecture": architecture, "compute_capabilities": capabilities, "onnx_sha256": "", "weights_sha256": "",
+        "max_batch": 6, "max_prefill": 512, "prefill_batch": 2, "build_seconds": 1.5, "weights": weights,
+    }
+    for backend, product, architecture, capabilities, weights in (
+        ("tensorrt", "TensorRT", "87", [], {"a": [0, 70000], "b": [70016, 65536]}),
+        ("tensorrt-rtx", "TensorRT-RTX", None, ["86", "120"], {}),
+    )
+}  # fmt: skip
+
+
+@pytest.fixture
+def with_engines(bundle: Bundles, tmp_path: Path) -> Path:
+    """A bundle with an engine of either TensorRT, of which inspect reads no byte."""
+    opened = Bundle.open(shutil.copytree(bundle("mamba").path, tmp_path / "out"))
+    for backend, facts in ENGINE_FACTS.items():
+        (opened.path / "made").write_bytes(backend.encode())
+        opened = add_engine(opened, backend, opened.path / "made", facts)
+    return opened.path
+
+
+def expected_engine(backend: str) -> dict[str, Any]:
+    written = ENGINE_FACTS[backend]
+    same = ("product", "version", "max_batch", "max_prefill", "prefill_batch", "plugins", "build_seconds")
+    return {
+        "file": ENGINES[backend],
+        "bytes": len(backend),
+        "gpus": ["sm_87"] if backend == "tensorrt" else ["sm_86", "sm_120"],
+        "bound_weight_bytes": 135536 if backend == "tensorrt" else 0,
+        **{key: written[key] for key in same},
+    }
+
+
+def test_the_engines_of_a_bundle(with_engines: Path, bundle: Bundles) -> None:
+    assert facts_of(with_engines)["engines"] == {backend: expected_engine(backend) for backend in ENGINES}
+    text = text_of(with_engines)
+    for line in (
+        "engine for tensorrt\n  file         model.tensorrt.engine, 8 bytes\n",
+        "  weights      135,536 bytes in model.onnx.data\n",
+        "  weights      inside\n",
+        "  built with   TensorRT-RTX 9.9.1, plugins: library\n",
+        "  built for    sm_87\n",
+        "  built for    sm_86, sm_120\n",
+        "  built in     1.5 s\n",
+        "  step         up to 6 rows\n",
+        "  prompt call  up to 2 rows of 512 tokens\n",
+    ):
+        assert line in text
+    assert facts_of(bundle("mamba").path)["engines"] == {}
+    assert "engine" not in text_of(bundle("mamba").path)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_an_engine_says_why_it_has_no_layers(with_engines: Path, backend: str) -> None:
+    """There is no TensorRT 9.9.1; and no GPU, most likely."""
+    path = with_engines / ENGINES[backend]
+    done = inspected(path, "--json")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    why = facts.pop("no_layers")
+    assert "is needed to" in why or "it was built with TensorRT" in why
+    assert facts == {"kind": "engine", "path": str(path), "backend": backend, **expected_engine(backend)}
+    text = inspected(path).stdout
+    assert text.startswith(f"engine {path}\nengine for {backend}\n  file ")
+    assert text.endswith(f"no layers are shown: {why}\n")
+
+
+def test_layers_of_an_engine(with_engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "Layers": [
+            {"Name": "gemm", "LayerType": "gemm", "TacticName": "sm80_xmma", "TacticValue": "0x1"},
+            {"Name": "scan [profile 1]", "LayerType": "PluginV2", "TacticValue": "0x0"},
+            "myelin [profile 1]",
+        ],
+        "Bindings": ["input_ids"],
+    }
+    text = json.dumps(told).replace("xmma", "xmma\t\x01")  # a raw character, as the inspector has them
+    layers = engine_report.parse(text)
+    assert layers == {
+        "0": [{"name": "gemm", "type": "gemm", "tactic": "sm80_xmma\t\x01"}],
+        "1": [
+            {"name": "scan", "type": "PluginV2", "tactic": "0x0"},
+            {"name": "myelin", "type": "", "tactic": ""},
+        ],
+    }
+    monkeypatch.setattr(engine_report, "layers", lambda path, backend: {"profiles": layers})
+    path = with_engines / ENGINES["tensorrt"]
+    assert json.loads(inspected(path, "--json").stdout)["profiles"] == layers
+    shown = "layers of profile 1\n  scan  PluginV2  0x0\n  myelin\n"
+    assert inspected(path).stdout.endswith(shown)
+
+
+def test_an_engine_without_its_bundle(with_engines: Path, tmp_path: Path) -> None:
+    name = ENGINES["tensorrt"]
+    alone = Path(shutil.copyfile(with_engines / name, tmp_path / name))
+    assert_refused(alone, f"{alone} tells nothing alone: there is no manifest.json beside it")
+    other = Path(shutil.copyfile(with_engines / name, with_engines / "other.engine"))
+    assert_refused(other, f"{other} is no engine of the bundle it lies in")
+
+
+def test_an_engine_that_its_manifest_does_not_tell_of(bundle: Bundles, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(bundle("mamba").path, tmp_path / "out")) / ENGINES["tensorrt"]
+    path.write_bytes(b"x")
+    assert_refused(path, f"{path} is no engine of the bundle it lies in")
+
+
+DAMAGED_ENGINES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped": (edited(ENGINES["tensorrt"], flipped), "model.tensorrt.engine is not the file that was built"),
+    "truncated": (edited(ENGINES["tensorrt"], lambda b: b[:-1]), "model.tensorrt.engine has 7 bytes"),
+    "a fact is missing": (manifest(lambda m: m["engines"]["tensorrt"].pop("weights")), "the engine for tensorrt is"),
+    "facts of another kind": (manifest(lambda m: m["engines"].update(tensorrt=[])), "the engine for tensorrt is"),
+    "weights of another kind": (manifest(lambda m: m["engines"]["tensorrt"].update(weights=[3])), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ENGINES)
+def test_a_damaged_engine(with_engines: Path, damage: str) -> None:
+    change, text = DAMAGED_ENGINES[damage]
+    change(with_engines)
+    for path in (with_engines, with_engines / ENGINES["tensorrt"]):
+        assert_refused(path, text)
 
 
 # --- an ONNX file -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -19,12 +21,13 @@ from mamba_deploy.bundle import LOWERED, PORTABLE, WEIGHTS
 from mamba_deploy.checkpoint import load_checkpoint
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError
-from mamba_deploy.exporters import functions
+from mamba_deploy.exporters import functions, onnx_export
 from mamba_deploy.exporters.export import export
 from mamba_deploy.exporters.onnx_export import OPSETS, export_onnx
 from mamba_deploy.exporters.reference import bundle_weights
 from mamba_deploy.limits import parameter_count
 from mamba_deploy.model import MambaModel, cast_weight
+from mamba_deploy.runtime.verify import tolerance
 
 GENERATIONS = ["mamba", "mamba2"]
 HALVES: dict[str, dict[str, Any]] = {
@@ -190,6 +193,60 @@ def test_data_inputs_come_in_the_order_of_the_schema(bundle):
     assert split.op_type == "Split"
     assert list(split.output) == [producers[dt].input[0], B, C]
     assert z == producers[producers[x].input[0]].output[1], "z is the second half of in_proj"
+
+
+LAYERED: dict[str, dict[str, Any]] = {
+    **{kind: {"kind": kind} for kind in [*GENERATIONS, *VARIANTS]},
+    **{f"{kind}-all-logits": {"kind": kind, "all_logits": True} for kind in GENERATIONS},
+    **HALVES,
+}
+
+
+@pytest.mark.parametrize("graph", [PORTABLE, LOWERED])
+@pytest.mark.parametrize("name", LAYERED)
+def test_the_residual_stream_has_a_name_after_each_layer(bundle, name, graph):
+    """Each is a sum that the next norm and the next sum read, and its dtype and axes are in the file."""
+    made = bundle(**LAYERED[name])
+    model = read(made.path, graph)
+    config = made.bundle.config
+    producers = {output: node for node in model.graph.node for output in node.output}
+    named = [output for output in producers if output.startswith("hidden.")]
+    assert named == [f"hidden.{i}" for i in range(config.n_layer)]
+    known = {entry[0]: entry for entry in signature(model.graph.value_info)}
+    for i, each in enumerate(named):
+        assert producers[each].op_type == "Add"
+        assert known[each] == (each, "float", ["batch", "seq", config.d_model])
+        if i:
+            assert named[i - 1] in producers[each].input
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERED if "bf16" not in name])
+def test_what_has_the_name_of_a_layer_is_what_pytorch_gives_there(bundle, run_onnx, name):
+    made = bundle(**LAYERED[name])
+    model = onnx.load(made.path / PORTABLE)
+    names = [f"hidden.{i}" for i in range(made.bundle.config.n_layer)]
+    model.graph.output.extend(value for value in model.graph.value_info if value.name in names)
+    feeds = made.feeds(2, 5)
+    feeds |= {spec.name: torch.zeros_like(feeds[spec.name]) for spec in made.bundle.contract.states}
+    found = run_onnx(model, feeds)
+    kept = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, given, result: kept.append(result[0]))
+        for layer in made.reference.layers
+    ]
+    made.answer(feeds)
+    for hook in hooks:
+        hook.remove()
+    allowed = tolerance(made.bundle.config, made.bundle.contract)
+    for each, want in zip(names, kept, strict=True):
+        assert (found[each] - want).abs().max() <= allowed * want.abs().max(), each
+
+
+def test_a_graph_with_other_layers_than_the_model_is_refused(bundle):
+    made = bundle("mamba")
+    graph = onnx_ir.load(made.path / PORTABLE).graph
+    with pytest.raises(ExportError, match="the sums of 2 layers where the model has 3"):
+        onnx_export._name_layers(graph, dataclasses.replace(made.bundle.config, n_layer=3))
 
 
 def test_all_logits_takes_the_last_token_of_the_logits(bundle):

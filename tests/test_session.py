@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_gpu
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.torch
 import torch
@@ -22,11 +24,14 @@ from numpy.typing import NDArray
 from mamba_deploy.contract import Contract, numpy_dtype, to_float32
 from mamba_deploy.errors import BundleError, EngineError, InputError, MissingDependencyError
 from mamba_deploy.runtime.generate import Statistics
+from mamba_deploy.runtime.ort_state import OrtState
 from mamba_deploy.runtime.session import Session
 from mamba_deploy.runtime.state import Snapshot, State
 
 KINDS = ["mamba", "mamba2"]
-HOWS = ["lowered", "portable", "torch"]
+# ortvalue: ONNX Runtime, its state as on a GPU but in host memory.
+# engine: TensorRT's backend over a GPU that is none
+HOWS = ["lowered", "portable", "ortvalue", "torch", "engine"]
 VOCAB = 61
 # Two float32 computations of one function: unit roundoff 6e-8, some 1,000 roundings one after the other in two layers
 # (projections, norms, scan), of random sign: 5 * sqrt(1000) * 6e-8, relative to the largest value.
@@ -42,6 +47,15 @@ Bundles = Callable[..., Any]  # the factory of conftest.py
 def opened(path: Path, how: str, **options: Any) -> Session:
     if how == "torch":
         return Session.open(path, "torch", **options)
+    if how == "engine":
+        bundle = fake_gpu.give_engine(path)
+        directory = path if bundle.has("tokenizer.json") else None
+        return Session(fake_gpu.open_backend(bundle), bundle.config, tokenizer_directory=directory, **options)
+    if how == "ortvalue":
+        session = Session.open(path, graph="lowered", threads=1, **options)
+        contract = session.contract
+        session.backend.new_state = lambda batch: OrtState(onnxruntime, contract, batch, "cpu")  # type: ignore[method-assign]
+        return session
     return Session.open(path, graph=how, threads=1, **options)  # type: ignore[arg-type]
 
 
@@ -311,7 +325,7 @@ HALVES: dict[str, dict[str, Any]] = {
 ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-@pytest.mark.parametrize("how", ["lowered", "torch"])
+@pytest.mark.parametrize("how", ["lowered", "ortvalue", "torch"])
 @pytest.mark.parametrize("name", HALVES)
 def test_half_precision_states_keep_their_bits(bundle: Bundles, name: str, how: str, tmp_path: Path) -> None:
     exported = bundle(**HALVES[name])
@@ -491,10 +505,39 @@ def test_the_state_of_another_model_is_refused(bundle: Bundles) -> None:
         assert other.batch == 2
 
 
-def test_a_state_object_refuses_another_number_of_rows(bundle: Bundles) -> None:
-    state = State(bundle("mamba").bundle.contract, 2)
+STATES = {"arrays": State, "ortvalue": lambda contract, batch: OrtState(onnxruntime, contract, batch, "cpu")}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_object_refuses_another_number_of_rows(bundle: Bundles, kind: str) -> None:
+    contract = bundle("mamba").bundle.contract
+    state = STATES[kind](contract, 2)
     with pytest.raises(InputError, match="has 3 rows, this one 2"):
-        state.restore(State(state.contract, 3).snapshot())
+        state.restore(State(contract, 3).snapshot())
+
+
+def test_an_ortvalue_state_that_cannot_be_written_is_as_it_was(
+    bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last tensor fails: none has changed."""
+    with opened(bundle("mamba2").path, "ortvalue") as session:
+        session.prefill(ROWS)
+        before = session.snapshot()
+        session.prefill(ROWS)
+        after, state = session.snapshot(), session._state
+        name, real = list(state.spare)[-1], onnxruntime.OrtValue.update_inplace
+
+        def fail(value: Any, data: Any) -> None:
+            if value is state.spare[name]:
+                raise RuntimeError("no memory")
+            real(value, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(onnxruntime.OrtValue, "update_inplace", fail)
+            for call in (lambda: session.restore(before), lambda: session.reset(rows=[0])):
+                with pytest.raises(RuntimeError, match="no memory"):
+                    call()
+        assert bits(session.snapshot()) == bits(after)
 
 
 def test_there_is_no_snapshot_of_nothing(mamba2: Session) -> None:
@@ -509,8 +552,7 @@ def test_there_is_no_snapshot_of_nothing(mamba2: Session) -> None:
 def break_after(monkeypatch: pytest.MonkeyPatch, session: Session, calls: int, error: BaseException) -> None:
     """From this call on, the backend computes, writes its outputs, and then fails: the worst moment."""
     backend: Any = session.backend
-    part = "_model" if hasattr(backend, "_model") else "_session"
-    real = getattr(backend, part)
+    parts = [part for part in ("_model", "_session", "_prompt", "_read_logits") if hasattr(backend, part)]
     count = [0]
 
     def fail() -> None:
@@ -519,19 +561,23 @@ def break_after(monkeypatch: pytest.MonkeyPatch, session: Session, calls: int, e
             raise error
 
     class Breaking:
-        def __call__(self, *arguments: Any) -> Any:  # the PyTorch model
-            result = real(*arguments)
+        def __init__(self, part: str) -> None:
+            self.real = getattr(backend, part)
+
+        def __call__(self, *arguments: Any) -> Any:  # the PyTorch model; what an engine does last
+            result = self.real(*arguments)
             fail()
             return result
 
         def run_with_iobinding(self, binding: Any) -> None:  # ONNX Runtime
-            real.run_with_iobinding(binding)
+            self.real.run_with_iobinding(binding)
             fail()
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(real, name)
+            return getattr(self.real, name)
 
-    monkeypatch.setattr(backend, part, Breaking())
+    for part in parts:
+        monkeypatch.setattr(backend, part, Breaking(part))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
@@ -695,7 +741,13 @@ def test_a_session_closes_when_its_block_fails(bundle: Bundles) -> None:
 def test_what_a_session_says_of_itself(bundle: Bundles, how: str) -> None:
     exported = bundle("mamba")
     with opened(exported.path, how) as session:
-        name = {"lowered": "(cpu, model.cpu.onnx)", "portable": "(cpu, model.onnx)", "torch": torch.__version__}[how]
+        name = {
+            "lowered": "(cpu, model.cpu.onnx)",
+            "portable": "(cpu, model.onnx)",
+            "ortvalue": "(cpu, model.cpu.onnx)",
+            "torch": torch.__version__,
+            "engine": "TensorRT 99.0",
+        }[how]
         assert name in session.backend.name
         assert session.config == exported.bundle.config
         assert isinstance(session.contract, Contract)
@@ -733,19 +785,98 @@ def test_arguments_of_open(bundle: Bundles) -> None:
         Session.open(path, graph="fast")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_chunk is 0: expected 1 or more tokens"):
         Session.open(path, max_chunk=0)
+    with pytest.raises(InputError, match="provider is 'rocm': expected 'cpu' or 'cuda'"):
+        Session.open(path, provider="rocm")  # type: ignore[arg-type]
+    for backend in ("torch", "tensorrt", "tensorrt-rtx"):
+        with pytest.raises(InputError, match=f"provider 'cuda' is ONNX Runtime's: the backend is '{backend}'"):
+            Session.open(path, backend, provider="cuda")
+
+
+# --- by CUDA, where there is none ---------------------------------------------------------------------------------
+
+CUDA = "CUDAExecutionProvider"
+without_cuda = pytest.mark.skipif(
+    CUDA in onnxruntime.get_available_providers(), reason="this ONNX Runtime has a CUDA provider"
+)
+
+
+@without_cuda
+def test_an_onnx_runtime_for_cpus_cannot_run_by_cuda(bundle: Bundles) -> None:
+    version, available = onnxruntime.__version__, ", ".join(onnxruntime.get_available_providers())
+    with pytest.raises(EngineError) as caught:
+        Session.open(bundle("mamba2").path, provider="cuda")
+    assert str(caught.value) == f"ONNX Runtime {version} has no {CUDA} here, only {available}"
+    assert "pip install 'mamba-deploy[gpu]'" in caught.value.hint
+
+
+@pytest.fixture
+def built_for_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """ONNX Runtime says that it was built for CUDA, and makes sessions for the CPU: what it does without a GPU."""
+    preloads: list[dict[str, Any]] = []
+
+    def preload(**options: Any) -> None:
+        preloads.append(options)
+        print("Failed to load libcublas.so.13")  # as the real one does
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
+    monkeypatch.setattr(onnxruntime, "cuda_version", "13.0")
+    return preloads
+
+
+@without_cuda
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_a_session_by_cuda_never_falls_back_to_the_cpu(
+    bundle: Bundles, built_for_cuda: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineError, match=f"did not start its {CUDA}: .*libonnxruntime_providers_shared.so") as caught:
+        Session.open(bundle("mamba2").path, provider="cuda")
+    assert "libraries of CUDA 13.0 and cuDNN" in caught.value.hint
+    assert "'onnxruntime-gpu[cuda,cudnn]'" in caught.value.hint
+    assert built_for_cuda == [{"cuda": True, "cudnn": True}]
+    assert capfd.readouterr().out == ""
+
+
+@without_cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_session_by_cuda_asks_for(
+    bundle: Bundles, kind: str, built_for_cuda: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 to its last bit, and a state on the device; a state that finds no room is an error of ours."""
+    real, asked = onnxruntime.InferenceSession, []
+
+    def make(path: str, options: Any, *, providers: list[Any], **others: Any) -> Any:
+        asked.append(providers)
+        session = real(path, options, providers=providers[1:], **others)
+        session.get_providers = lambda: [CUDA, "CPUExecutionProvider"]
+        return session
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", make)
+    with Session.open(bundle(kind).path, provider="cuda") as session:
+        assert asked == [[(CUDA, {"device_id": "0", "use_tf32": "0"}), "CPUExecutionProvider"]]
+        assert session.backend.name == f"onnxruntime {onnxruntime.__version__} (cuda, model.cpu.onnx)"
+        with pytest.raises(EngineError, match="no room for the state of 2 rows"):
+            session.prefill([[1], [2]])
+        assert session.batch is None
 
 
 @pytest.mark.parametrize(
-    ("backend", "module", "extra"), [("onnxruntime", "onnxruntime", "cpu"), ("torch", "torch", "export")]
+    ("backend", "provider", "module", "extra"),
+    [
+        ("onnxruntime", "cpu", "onnxruntime", "cpu"),
+        ("onnxruntime", "cuda", "onnxruntime", "gpu"),
+        ("torch", "cpu", "torch", "export"),
+    ],
 )
 def test_a_missing_package_is_named_with_its_pip_command(
-    bundle: Bundles, backend: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundles, backend: str, provider: Any, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bundle("mamba").path
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "mamba_deploy.exporters.reference", raising=False)
     with pytest.raises(MissingDependencyError, match=f"'{module}' is needed") as caught:
-        Session.open(path, backend)
+        Session.open(path, backend, provider=provider)
     assert caught.value.hint == f"pip install 'mamba-deploy[{extra}]'"
 
 

@@ -8,11 +8,13 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
+import fake_gpu
 import matplotlib.image
 import numpy as np
 import onnx
@@ -28,11 +30,23 @@ from mamba_deploy.bundle import LOWERED, MANIFEST, PORTABLE, REFERENCE, WEIGHTS,
 from mamba_deploy.cli import main
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
-from mamba_deploy.errors import MissingDependencyError, VerifyError
+from mamba_deploy.errors import ExportError, MissingDependencyError, VerifyError
+from mamba_deploy.exporters import layers
 from mamba_deploy.exporters.lowering import lower_for_cpu
+from mamba_deploy.runtime import engine
+from mamba_deploy.runtime.engine import TensorRTBackend
 from mamba_deploy.runtime.session import Session
 from mamba_deploy.runtime.state import Snapshot
-from mamba_deploy.runtime.verify import Answers, Check, Report, plot, tolerance, verification_prompts, verify
+from mamba_deploy.runtime.verify import (
+    Answers,
+    Check,
+    Report,
+    plot,
+    tolerance,
+    verification_prompts,
+    verify,
+    verify_layers,
+)
 
 Bundles = Callable[..., Any]  # the factory of conftest.py
 HOWS = ["lowered", "portable", "torch"]
@@ -619,6 +633,178 @@ def test_the_wider_tolerance_of_half_precision_still_catches_them(
     assert not report_of(path, "lowered").passed
 
 
+# --- layer by layer -----------------------------------------------------------------------------------------------
+
+TINY_PROMPT = 5
+FOUR = replace(TINY, n_layer=4)
+
+
+def toy_layers(**planted: float) -> dict[str, NDArray[np.float32]]:
+    """The largest value of each is 2; ``hidden.i`` may be off by a share of it at position 3, channel 1."""
+    made = {}
+    for i in range(FOUR.n_layer):
+        values = np.random.default_rng(i).uniform(-1, 1, (TINY_PROMPT, FOUR.d_model)).astype(np.float32)
+        values[0, 0] = 2
+        values[3, 1] += np.float32(2 * planted.get(f"layer_{i}", 0.0))
+        made[f"hidden.{i}"] = values
+    return made
+
+
+def toy_layer_report(found: dict[str, NDArray[np.float32]]) -> Report:
+    answers = Answers({"prompt.0": np.arange(TINY_PROMPT, dtype=np.int32), **toy_layers()})
+    return verify_layers("toy", found, answers, FOUR, Contract.of(FOUR))
+
+
+def test_exact_layers_pass() -> None:
+    report = toy_layer_report(toy_layers())
+    assert report.passed
+    assert report.backend == "toy, layer by layer"
+    assert [check.name for check in report.checks] == [f"layer {i}" for i in range(4)]
+    assert [check.error for check in report.checks] == [0.0] * 4
+    for i, check in enumerate(report.checks):
+        ends_there = replace(FOUR, n_layer=i + 1)
+        assert check.tolerance == tolerance(ends_there, Contract.of(ends_there))
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize(("share", "passes"), [(0.9, True), (1.1, False), (-1.1, False), (math.nan, False)])
+def test_one_value_of_a_layer_off(layer: int, share: float, passes: bool) -> None:
+    bound = tolerance(FOUR, Contract.of(FOUR), layers=layer + 1)
+    report = toy_layer_report(toy_layers(**{f"layer_{layer}": share * bound}))
+    assert [check.passed for check in report.checks] == [passes or i != layer for i in range(4)]
+    check = report.checks[layer]
+    assert check.where == f"hidden.{layer}, position 3, channel 1"
+    assert len(check.series) == TINY_PROMPT
+    if math.isnan(share):
+        assert check.error == math.inf
+        json.dumps(report.to_dict(), allow_nan=False)
+    else:
+        assert check.error == pytest.approx(abs(share) * bound, rel=0.1)
+        assert [p for p, error in enumerate(check.series) if error] == [3]
+
+
+LAYERS_REFUSED: dict[str, tuple[Callable[[dict[str, NDArray]], Any], str, str]] = {
+    "of before": (
+        lambda a: [a.pop(f"hidden.{i}") for i in range(4)], "holds no values after each layer", "export the model again"
+    ),
+    "fewer layers": (removed("hidden.3"), "'hidden.3' .* no such tensor", "another model"),
+    "other width": (reshaped("hidden.1", lambda a: a[:, 1:]), r"shape \[5, 4\].*\[5, 3\]", "another model"),
+    "other prompt": (reshaped("prompt.0", lambda a: a[1:]), r"shape \[4, 4\].*\[5, 4\]", "another model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYERS_REFUSED)
+def test_answers_without_the_layers_are_refused(case: str) -> None:
+    change, text, hint = LAYERS_REFUSED[case]
+    arrays = {"prompt.0": np.arange(TINY_PROMPT, dtype=np.int32), **toy_layers()}
+    change(arrays)
+    with pytest.raises(VerifyError, match=text) as caught:
+        verify_layers("toy", toy_layers(), Answers(arrays), FOUR, Contract.of(FOUR))
+    assert hint in caught.value.hint
+
+
+def layers_by_tensorrt(bundle: Bundle, tokens: Sequence[int]) -> dict[str, NDArray[np.float32]]:
+    device = fake_gpu.FakeDevice()
+    found = layers.tensorrt_layers(bundle, tokens, tensorrt=fake_gpu.FakeTensorRT(device), device=device)
+    assert device.is_closed
+    assert not device.regions
+    return found
+
+
+def layer_report(path: Path, how: str) -> Report:
+    opened = Bundle.open(path)
+    answers = Answers.load(path / REFERENCE)
+    if how == "tensorrt":
+        found = layers_by_tensorrt(opened, answers.prompt(0))
+    else:
+        found = layers.onnxruntime_layers(opened, answers.prompt(0), graph=how, threads=1)
+    return verify_layers(how, found, answers, opened.config, opened.contract)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are built by the fake TensorRT."""
+    monkeypatch.setattr(layers, "engine_file", fake_gpu.build_marked)
+
+
+LAYERED = [(name, how) for name, how in RUNNABLE if how != "torch"]
+
+
+@pytest.mark.parametrize(("name", "how"), LAYERED)
+def test_the_layers_of_a_right_bundle_pass(bundle: Bundles, name: str, how: str) -> None:
+    made = bundle(**VARIANTS[name])
+    report = layer_report(made.path, how)
+    assert report.passed, report.table()
+    assert len(report.checks) == made.bundle.config.n_layer
+    assert all(check.error > 0 and len(check.series) == 48 for check in report.checks)
+
+
+@pytest.mark.parametrize("how", ["lowered", "portable", "tensorrt"])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@pytest.mark.usefixtures("tensorrt")
+def test_the_layer_that_is_wrong_is_the_first_to_drift(
+    bundle: Bundles, kind: str, layer: int, how: str, tmp_path: Path
+) -> None:
+    edit = weight(f"layers.{layer}.mixer.out_proj.weight", lambda w: 1.01 * w)
+    path = planted(bundle(kind), tmp_path / "out", edit)
+    if how == "tensorrt":
+        fake_gpu.give_engine(path)
+    report = layer_report(path, how)
+    assert [check.passed for check in report.checks] == [i < layer for i in range(2)]
+    assert report.checks[layer].where.startswith(f"hidden.{layer}, position ")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 48])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "mamba2-fp16", "mamba2-all-logits"])
+@pytest.mark.usefixtures("tensorrt")
+def test_layers_by_tensorrt(bundle: Bundles, name: str, tokens: int, tmp_path: Path) -> None:
+    """A single token too is read as a prompt; nothing is left in the bundle."""
+    path = Path(shutil.copytree(bundle(**VARIANTS[name]).path, tmp_path / "out"))
+    given = fake_gpu.give_engine(path)
+    before = sorted(path.iterdir())
+    prompt = Answers.load(path / REFERENCE).prompt(0)[:tokens]
+    found = layers_by_tensorrt(given, prompt)
+    want = layers.onnxruntime_layers(given, prompt, threads=1)
+    assert list(found) == ["hidden.0", "hidden.1"]
+    for key, values in found.items():
+        assert values.shape == (tokens, given.config.d_model)
+        np.testing.assert_array_equal(values, want[key])
+    assert sorted(path.iterdir()) == before
+
+
+def names_removed(path: Path) -> None:
+    """As a bundle of before was: no names of layers in the graphs, no values in the reference."""
+    for graph in (PORTABLE, LOWERED):
+        model = onnx.load(path / graph, load_external_data=False)
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace("hidden.", "add_") for name in names]
+        for value in model.graph.value_info:
+            value.name = value.name.replace("hidden.", "add_")
+        (path / graph).write_bytes(model.SerializeToString())
+    arrays = load_file(path / REFERENCE)
+    save_file({n: a for n, a in arrays.items() if not n.startswith("hidden.")}, path / REFERENCE)
+    rehash(path)
+
+
+def test_a_bundle_of_before_is_verified_without_its_layers(bundle: Bundles, tmp_path: Path) -> None:
+    exported = bundle("mamba")
+    path = Path(shutil.copytree(exported.path, tmp_path / "out"))
+    names_removed(path)
+    assert command(path).exit_code == 0
+    for more, message in (
+        ((), "the reference holds no values after each layer"),
+        (("--checkpoint", exported.checkpoint), f"{path / LOWERED} has no tensor hidden.0"),
+    ):
+        done = command(path, "--layers", *more)
+        assert done.exit_code == 1
+        assert f"error: {message}\nhint: export the model again\n" in done.stderr
+        assert ("verifying" in done.stderr) is bool(more), "said before the work, where it can be"
+    with pytest.raises(ExportError, match=r"has no tensor hidden\.0"):
+        layers.onnxruntime_layers(Bundle.open(path), [1, 2])
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -651,6 +837,64 @@ def test_command_on_a_wrong_bundle(bundle: Bundles, plant: str, tmp_path: Path) 
     assert len(facts["reports"]) == 2
     assert next(c for c in facts["reports"][0]["checks"] if not c["passed"])["where"] == where
     assert_is_a_picture(tmp_path / "errors.png")
+
+
+def test_command_layer_by_layer(bundle: Bundles) -> None:
+    done = command(bundle("mamba2").path, "--layers", "--threads", 1)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count(" ok ") == 2 * (len(CHECKS) + 2)
+    assert done.stdout.count("layer by layer") == 2
+    assert "drift" not in done.stderr
+
+
+def test_command_names_the_first_layer_to_drift(bundle: Bundles, tmp_path: Path) -> None:
+    edit = weight("layers.1.mixer.out_proj.weight", lambda w: 1.01 * w)
+    path = planted(bundle("mamba"), tmp_path / "out", edit)
+    done = command(path, "--layers", "--json")
+    assert done.exit_code == 3
+    assert "first difference: logits of prompt 0, position 0 (error " in done.stderr
+    assert "first layer to drift: hidden.1, position " in done.stderr
+    reports = json.loads(done.stdout)["reports"]
+    assert [report["backend"].endswith(", layer by layer") for report in reports] == [False, True] * 2
+    assert [check["passed"] for check in reports[1]["checks"]] == [True, False]
+
+
+def test_command_layer_by_layer_against_the_checkpoint(bundle: Bundles) -> None:
+    exported = bundle("mamba")
+    done = command(exported.path, "--layers", "--checkpoint", exported.checkpoint)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.usefixtures("tensorrt")
+def test_command_layer_by_layer_in_tensorrt(bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = weight("layers.0.mixer.out_proj.weight", lambda w: 1.01 * w)
+    path = planted(bundle("mamba"), tmp_path / "out", edit)
+    fake_gpu.give_engine(path)
+
+    def fake(*given: Any, **options: Any) -> Any:
+        device = fake_gpu.FakeDevice()
+        return TensorRTBackend(*given, tensorrt=fake_gpu.FakeTensorRT(device), device=device, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "TensorRTBackend", fake)
+    monkeypatch.setattr(layers, "TensorRTBackend", fake)
+    done = command(path, "--layers", "--backend", "tensorrt", "--json")
+    assert done.exit_code == 3, done.output
+    assert "first layer to drift: hidden.0, position " in done.stderr
+    assert len(json.loads(done.stdout)["reports"]) == 2
+
+
+def test_command_layer_by_layer_in_torch_is_wrong_usage(bundle: Bundles) -> None:
+    done = command(bundle("mamba").path, "--layers", "--backend", "torch")
+    assert done.exit_code == 2
+    assert "--layers is not for --backend torch" in done.stderr
+
+
+def test_command_layer_by_layer_without_onnx(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    done = command(bundle("mamba").path, "--layers")
+    assert done.exit_code == 1
+    assert "hint: pip install 'mamba-deploy[export]'" in done.stderr
+    assert "verifying" not in done.stderr
 
 
 def test_command_with_a_bad_portable_graph_alone(bundle: Bundles, tmp_path: Path) -> None:

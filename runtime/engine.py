@@ -1,0 +1,534 @@
+"""TensorRT: an engine of the bundle, its state on the GPU, each decode step a CUDA graph.
+
+One stream; everything is allocated at opening. Two execution contexts share their scratch memory: decode, whose step is
+captured once for each number of rows, and prompt, which runs eagerly, a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle
+from mamba_deploy.contract import Contract, numpy_dtype, to_float32
+from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
+from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
+from mamba_deploy.runtime.ahead import LOG_STEPS, Ahead
+from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View
+from mamba_deploy.runtime.gpu_state import GpuState, state_bytes
+from mamba_deploy.runtime.sampling import Sampling
+from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
+
+__all__ = ["MarkedEngine", "TensorRTBackend"]
+
+DECODE, PROMPT = 0, 1  # profiles of the engine
+_STEPS_KEPT = 16  # single tokens that are read before the state is copied again
+_TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32"}
+_WORDS = ALIGNMENT // 4  # of int32
+_MAX_EOS = 64  # ids that end a row and that the GPU looks for
+
+
+class MarkedEngine(NamedTuple):
+    """An engine of a bundle's graph with tensors within it, each [batch, seq, ...], made outputs too."""
+
+    path: Path
+    facts: Mapping[str, Any]  # as the manifest has them of the bundle's own engine
+    marked: Sequence[str]
+
+
+class TensorRTBackend:
+    """See :class:`mamba_deploy.runtime.backend.Backend`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str = "tensorrt",
+        *,
+        use_graphs: bool = True,
+        say: Callable[[str], None] = lambda message: None,
+        tensorrt: TensorRT | None = None,
+        device: Device | None = None,
+        engine: MarkedEngine | None = None,
+    ) -> None:
+        """Load the engine and allocate all it needs.
+
+        Args:
+            bundle: Has an engine for this backend.
+            backend: ``tensorrt`` or ``tensorrt-rtx``.
+            use_graphs: Decode from CUDA graphs.
+            say: Told what is slower than it should be.
+            tensorrt: To use instead of what is installed.
+            device: To use instead of the first GPU.
+            engine: To use instead of the bundle's; ``marked`` then holds its marked outputs after a prompt call.
+
+        Raises:
+            BundleError: No engine was built, or the file is not what was built.
+            MissingDependencyError: TensorRT, pycuda or cuda-bindings is not installed.
+            EngineError: The engine is of another TensorRT, GPU or model; or there is no GPU, or too little memory.
+            PluginError: The plugins cannot be built or loaded.
+        """
+        facts = engine.facts if engine else bundle.engine(backend)
+        trt = tensorrt or load(backend)
+        self._contract = bundle.contract
+        self.marked: dict[str, NDArray[np.float32]] = {}  # of the last rows of the last prompt call
+        self._say, self._use_graphs = say, use_graphs
+        self.max_batch, self.max_chunk = int(facts["max_batch"]), int(facts["max_prefill"])
+        self._prefill_batch = int(facts["prefill_batch"])
+        with contextlib.ExitStack() as stack:  # gives back what was taken if a later step fails
+            self.device = device or Device()
+            stack.callback(self.device.close)
+            _check_fits(bundle, facts, trt, self.device)
+            self._memories: list[Memory] = []
+            stack.callback(self._release)
+            with self.device:
+                self._open(bundle, backend, facts, trt, engine)
+            self._cleanup = stack.pop_all()
+        self.name = f"{trt.label} ({self.device.name}, {ENGINES[backend]})"
+
+    def _open(
+        self,
+        bundle: Bundle,
+        backend: str,
+        facts: Mapping[str, Any],
+        trt: TensorRT,
+        engine: MarkedEngine | None,
+    ) -> None:
+        log = trt.logger(self._say)
+        plugins: PluginKind = facts["plugins"]
+        self._plugins = trt.load_plugins(plugins, self._say)
+        runtime = trt.module.Runtime(log)
+        self._engine = _deserialize(runtime, engine.path if engine else bundle.file(ENGINES[backend]))
+        if self._engine is None:
+            raise EngineError(
+                f"{trt.label} does not load {bundle.path / ENGINES[backend]}: {'; '.join(log.errors[-3:])}",
+                hint=f"build it again: mamba-deploy build {bundle.path}",
+            )
+        marked = engine.marked if engine else ()
+        _check_tensors(self._engine, self._contract, [*facts["weights"], *marked])
+        self._log = log
+
+        def allocate(nbytes: int, what: str) -> Memory:
+            self._memories.append(self.device.allocate(nbytes, what))
+            return self._memories[-1]
+
+        contract, V = self._contract, next(s for s in self._contract.outputs if s.role == "logits").axes[-1]
+        assert isinstance(V, int)
+        self._vocab_size = V
+        self._weights = self._upload_weights(bundle, facts["weights"], allocate)
+        scratch = trt.memory_bytes(self._engine)
+        memory = allocate(scratch, "the engine's scratch memory")
+        state = state_bytes(contract, self.max_batch)
+        self._state_memory = allocate(state, f"the state of {self.max_batch} rows")
+        self._spare_memory = allocate(state, "the copy of the state")
+        staged = state_bytes(contract, self._prefill_batch)
+        self._staged = allocate(staged, "the state of a prompt call")
+        positions = self._prefill_batch * self.max_chunk if contract.all_logits else 1
+        self._logits = allocate(4 * V * max(positions, self.max_batch), "logits")
+        self._next = allocate(4 * self.max_batch, "next tokens")
+        tokens = max(self._prefill_batch * self.max_chunk, self.max_batch)
+        self._marked: dict[str, tuple[int, str, tuple[int, ...]]] = {}  # address, dtype, axes after [batch, seq]
+        for name in marked:
+            dtype = _TRT_DTYPES[self._engine.get_tensor_dtype(name).name]
+            axes = tuple(self._engine.get_tensor_shape(name))[2:]
+            nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
+            self._marked[name] = (allocate(nbytes, name).address, dtype, axes)
+        self._row_words = -(-self.max_chunk // _WORDS) * _WORDS
+        self._ids = allocate(4 * self.max_batch * self._row_words, "token ids")
+        self._lens = allocate(4 * self.max_batch * _WORDS, "lengths")
+        self._steps = allocate(4 * self.max_batch, "step counts")
+        self._eos = allocate(4 * _MAX_EOS, "ids that end a row")
+        self._host_eos, _ = self.device.host_array((_MAX_EOS,), np.int32)
+        self._host_steps, _ = self.device.host_array((self.max_batch,), np.int32)
+        self.host_log, self._log_address = self.device.host_array((LOG_STEPS * self.max_batch,), np.int32)
+        self.host_uniform, self._uniform_address = self.device.host_array((LOG_STEPS * self.max_batch,), np.float64)
+        self._kernels: Kernels | None = None
+        self._no_kernels = False
+        self._host_ids, _ = self.device.host_array((self.max_batch, self._row_words), np.int32)
+        self._host_lens, _ = self.device.host_array((self.max_batch, _WORDS), np.int32)
+        self._host_logits, _ = self.device.host_array((self.max_batch, V), np.float32)
+        self._contexts = []
+        for profile in (DECODE, PROMPT):
+            context = trt.new_context(self._engine, memory.address, scratch)
+            if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
+                raise EngineError(f"{trt.label} makes no execution context: {'; '.join(log.errors[-3:])}")
+            for name, (address, shape) in self._weights.items():
+                context.set_input_shape(name, shape)
+                context.set_tensor_address(name, address)
+            for name, (address, _, _) in self._marked.items():
+                context.set_tensor_address(name, address)
+            self._contexts.append(context)
+        self.device.synchronize()
+        self._state: GpuState | None = None
+        self._graphs: dict[Any, Graph] = {}
+        self._bound: dict[int, tuple[int, ...]] = {}  # what each context was last given
+
+    def _upload_weights(
+        self, bundle: Bundle, places: Mapping[str, Any], allocate: Callable[[int, str], Memory]
+    ) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Of an engine that is given its weights: address and shape of each, all in one allocation."""
+        if not places:
+            return {}
+        starts, size = {}, 0
+        for name, (_, length) in places.items():
+            starts[name] = size
+            size += -(-length // ALIGNMENT) * ALIGNMENT
+        base = allocate(size, "the weights").address
+        found = {}
+        with bundle.file(WEIGHTS).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for name, (offset, length) in places.items():
+                view = np.frombuffer(content, np.uint8, length, offset)
+                self.device.upload(base + starts[name], view)
+                found[name] = (base + starts[name], tuple(self._engine.get_tensor_shape(name)))
+            self.device.synchronize()
+            del view  # or the map cannot be closed
+        return found
+
+    @property
+    def contract(self) -> Contract:
+        """As in the bundle."""
+        return self._contract
+
+    def new_state(self, batch: int) -> GpuState:
+        """Zeros, in the memory where the last state was: that one cannot be used afterwards.
+
+        Raises:
+            InputError: There are more rows than the engine was built for.
+        """
+        if batch > self.max_batch:
+            raise InputError(
+                f"{batch} rows were given, and the engine was built for {self.max_batch}",
+                hint=f"mamba-deploy build OUT --max-batch {batch}",
+            )
+        if self._state is not None:
+            self._state.is_lost = True
+        self._state = GpuState(
+            self.device, self._contract, batch, self._state_memory.address, self._spare_memory.address
+        )
+        return self._state
+
+    def run(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], state: GpuState) -> NDArray[np.float32]:
+        """See the protocol.
+
+        Raises:
+            EngineError: The GPU failed, the state is lost, or this is another thread than the one that opened.
+        """
+        with self.device:
+            state.check()
+            single = input_ids.shape[1] == 1
+            if not single or state.since is None or len(state.since) >= _STEPS_KEPT:
+                state.checkpoint()
+            assert state.since is not None
+            try:
+                if not single:
+                    logits = self._prompt(input_ids, seq_lens, state)
+                    state.since = None
+                    return logits
+                self._step(input_ids, seq_lens, state)
+                logits = self._read_logits(state.batch)
+            except BaseException:
+                self._undo(state)
+                raise
+            state.since.append((input_ids.copy(), seq_lens.copy()))
+            return logits
+
+    def _undo(self, state: GpuState) -> None:
+        """Take the state back to before a call that was not finished: to the copy, and the tokens read since."""
+        state.is_lost = True
+        self.device.synchronize()
+        state.go_back()
+        for input_ids, seq_lens in state.since or []:
+            self._step(input_ids, seq_lens, state)
+        self.device.synchronize()
+        state.is_lost = False
+
+    # --- decode ---------------------------------------------------------------------------------------------------
+
+    def _step(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], state: GpuState) -> None:
+        """Enqueue one token a row."""
+        self.device.synchronize()  # nothing reads the host arrays any more
+        batch = state.batch
+        self._host_ids.ravel()[:batch] = input_ids[:, 0]
+        self._host_lens.ravel()[:batch] = seq_lens
+        self.device.upload(self._ids.address, self._host_ids.ravel()[:batch])
+        self.device.upload(self._lens.address, self._host_lens.ravel()[:batch])
+        self._bind_step(state)
+        if self._use_graphs:
+            graph = self._graph(("step", batch), lambda: self._enqueue(DECODE))
+            if graph is not None:
+                graph.launch()
+                return
+        self._enqueue(DECODE)
+
+    def _bind_step(self, state: GpuState) -> None:
+        outputs = (self._logits.address, self._next.address)
+        self._bind(DECODE, state.batch, 1, self._ids.address, self._lens.address, state.addresses, outputs)
+
+    def _graph(self, key: Any, enqueue: Callable[[], None]) -> Graph | None:
+        """A graph of what is bound now; None, which is said once, where it cannot be captured."""
+        state = self._state
+        assert state is not None
+        if key not in self._graphs:
+            state.checkpoint()
+            enqueue()  # once before a capture, as TensorRT wants; and as if it had not been
+            state.go_back()
+            self.device.synchronize()
+            try:
+                self._graphs[key] = self.device.capture(enqueue)
+            except EngineError as error:
+                self._say(f"decoding without CUDA graphs, which is slower: {error}")
+                self._use_graphs = False
+                return None
+        return self._graphs[key]
+
+    def _read_logits(self, batch: int) -> NDArray[np.float32]:
+        self.device.download(self._host_logits[:batch], self._logits.address)
+        self.device.synchronize()
+        logits = self._host_logits[:batch].copy()
+        return logits[:, None] if self._contract.all_logits else logits
+
+    # --- running ahead --------------------------------------------------------------------------------------------
+
+    def decode_ahead(
+        self,
+        state: GpuState,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        limit: int,
+        draw: Callable[[int], float],
+    ) -> Ahead | None:
+        """Decode with the tokens chosen on the GPU.
+
+        Args:
+            state: Of the rows.
+            tokens: What each row reads first; -1 for one that has ended.
+            sampling: How tokens are chosen.
+            eos_ids: Tokens that end a row.
+            limit: Steps that may be asked for.
+            draw: A random number in [0, 1) for a row, each time it chooses.
+
+        Returns:
+            None where this cannot be done here: no CUDA graphs, no kernels, or a repetition penalty, for which the host
+            must know each token.
+        """
+        if not self._use_graphs or sampling.repetition_penalty != 1 or len(eos_ids) > _MAX_EOS:
+            return None
+        kernels = self._load_kernels()
+        if kernels is None:
+            return None
+        with self.device as device:
+            state.check()
+            batch, V = state.batch, self._vocab_size
+            self._host_eos[:] = -1
+            self._host_eos[: len(eos_ids)] = eos_ids
+            device.upload(self._eos.address, self._host_eos)
+            filters: dict[str, Any] = {}
+            uniform = None
+            if sampling.temperature > 0:
+                filters = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+                filters["top_k"] = min(sampling.top_k, V)
+                uniform = View(self._uniform_address, (LOG_STEPS, batch), "float64")
+
+            def enqueue() -> None:
+                self._enqueue(DECODE)
+                kernels.sample_token(
+                    View(self._logits.address, (batch, V), "float32"),
+                    uniform,
+                    steps=View(self._steps.address, (batch,), "int32"),
+                    tokens=View(self._ids.address, (batch,), "int32"),
+                    log=View(self._log_address, (LOG_STEPS, batch), "int32"),
+                    seq_lens=View(self._lens.address, (batch,), "int32"),
+                    eos_ids=View(self._eos.address, (_MAX_EOS,), "int32"),
+                    stream=device.stream,
+                    **filters,
+                )
+
+            self._bind_step(state)
+            self.load(np.zeros(batch, np.int32), np.zeros(batch, np.int32), 0)
+            graph = self._graph(("ahead", batch, *filters.values()), enqueue)
+        if graph is None:
+            return None
+        return Ahead(self, state, graph, tokens, limit, draw if filters else None)
+
+    def load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32], step: int) -> None:
+        """See :class:`mamba_deploy.runtime.ahead.Buffers`."""
+        self.device.synchronize()
+        batch = len(tokens)
+        self._host_steps[:batch] = step
+        for host, memory, values in (
+            (self._host_ids.ravel(), self._ids, tokens),
+            (self._host_lens.ravel(), self._lens, lengths),
+            (self._host_steps, self._steps, self._host_steps[:batch]),
+        ):
+            host[:batch] = values
+            self.device.upload(memory.address, host[:batch])
+
+    def _load_kernels(self) -> Kernels | None:
+        """The kernels of the plugins, for the choice of tokens; None, which is said once, where they cannot be had."""
+        if self._kernels is None and not self._no_kernels:
+            try:
+                self._kernels = RuntimeKernels() if self._plugins == "python" else Kernels(library_in_use())
+            except (PluginError, MissingDependencyError) as error:
+                self._say(f"choosing tokens on the host, which is slower: {error}")
+                self._no_kernels = True
+        return self._kernels
+
+    # --- prompt ---------------------------------------------------------------------------------------------------
+
+    def _prompt(
+        self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], state: GpuState
+    ) -> NDArray[np.float32]:
+        """Read several tokens a row, a few rows at a time; a row alone is read at its own length."""
+        B, L = input_ids.shape
+        V, group = self._vocab_size, self._prefill_batch
+        shape = (B, L, V) if self._contract.all_logits else (B, V)
+        logits = np.zeros(shape, np.float32)
+        self.device.synchronize()
+        for start in range(0, B, group):
+            rows = slice(start, min(start + group, B))
+            count, width = rows.stop - start, int(seq_lens[rows].max())
+            if width == 0:
+                continue
+            ids, lens = self._host_ids.ravel()[: count * width], self._host_lens.ravel()[:count]
+            ids[...] = input_ids[rows, :width].ravel()
+            lens[...] = seq_lens[rows]
+            self.device.upload(self._ids.address, ids)
+            self.device.upload(self._lens.address, lens)
+            addresses, copies = self._row_addresses(state, start, count)
+            for own, staged, nbytes in copies:
+                self.device.copy(staged, own, nbytes)
+            outputs = (self._logits.address, self._next.address)
+            self._bind(PROMPT, count, width, self._ids.address, self._lens.address, addresses, outputs)
+            self._enqueue(PROMPT)
+            for own, staged, nbytes in copies:
+                self.device.copy(own, staged, nbytes)
+            found = np.empty((count, width, V) if self._contract.all_logits else (count, V), np.float32)
+            self.device.download(found, self._logits.address)
+            self.device.synchronize()
+            self._read_marked(count, width)
+            if self._contract.all_logits:
+                logits[rows, :width] = found
+            else:
+                logits[rows] = found
+        return logits
+
+    def _read_marked(self, rows: int, width: int) -> None:
+        for name, (address, dtype, axes) in self._marked.items():
+            found = np.empty((rows, width, *axes), numpy_dtype(dtype))
+            self.device.download(found, address)
+            self.device.synchronize()
+            self.marked[name] = to_float32(found, dtype)
+
+    def _row_addresses(
+        self, state: GpuState, start: int, count: int
+    ) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
+        """Where some rows' state lies; where that is at no address TensorRT takes, a place to copy it to and from.
+
+        Returns:
+            Addresses by name; and copies as own address, other address, bytes.
+        """
+        own = {name: address + start * state.row_bytes(name) for name, address in state.addresses.items()}
+        if all(address % ALIGNMENT == 0 for address in own.values()):
+            return own, []
+        staged, address = {}, self._staged.address
+        for name in own:
+            staged[name] = address
+            address += -(-state.row_bytes(name) * count // ALIGNMENT) * ALIGNMENT
+        return staged, [(own[name], staged[name], count * state.row_bytes(name)) for name in own]
+
+    # --- TensorRT -------------------------------------------------------------------------------------------------
+
+    def _bind(
+        self,
+        profile: int,
+        batch: int,
+        seq: int,
+        ids: int,
+        lens: int,
+        states: Mapping[str, int],
+        outputs: tuple[int, int],
+    ) -> None:
+        """Give a context its shapes and addresses; a state goes out where it came in."""
+        key = (batch, seq, ids, lens, *states.values(), *outputs)
+        if self._bound.get(profile) == key:
+            return
+        context = self._contexts[profile]
+        by_role = {"tokens": ids, "lengths": lens, "logits": outputs[0], "next_token": outputs[1]}
+        accepted = True
+        for spec in self._contract.tensors:
+            if spec.direction == "in":
+                accepted &= context.set_input_shape(spec.name, spec.shape(batch, seq))
+                address = states[spec.name] if spec.role == "state" else by_role[spec.role]
+            else:
+                address = states[str(spec.partner)] if spec.role == "state" else by_role[spec.role]
+            accepted &= context.set_tensor_address(spec.name, address)
+        if not accepted:
+            self._bound.pop(profile, None)
+            raise EngineError(f"TensorRT refuses {batch} rows of {seq} tokens: {'; '.join(self._log.errors[-3:])}")
+        self._bound[profile] = key
+
+    def _enqueue(self, profile: int) -> None:
+        if not self._contexts[profile].execute_async_v3(self.device.stream):
+            raise EngineError(f"TensorRT failed: {'; '.join(self._log.errors[-3:]) or 'it gives no reason'}")
+
+    def _release(self) -> None:
+        """Give back all that lies in the device's memory."""
+        with self.device as device:
+            with contextlib.suppress(EngineError):  # what failed there has been said
+                device.synchronize()
+            for graph in getattr(self, "_graphs", {}).values():
+                graph.free()
+            self._contexts, self._engine = [], None
+            for memory in self._memories:
+                memory.free()
+
+    def close(self) -> None:
+        """Give the GPU's memory back. Twice does nothing."""
+        if self._state is not None:
+            self._state.is_lost = True
+        self._state = None
+        self._cleanup.close()
+
+
+def _deserialize(runtime: Any, path: Path) -> Any:
+    """From a map of the file, so that its bytes are in memory but once."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return runtime.deserialize_cuda_engine(content)
+
+
+def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device: Device) -> None:
+    """Raise unless the engine was built for this model, TensorRT, GPU and plugins."""
+    files = bundle.manifest["files"]
+    differences = [
+        ("another model.onnx", facts["onnx_sha256"], files[PORTABLE]["sha256"]),
+        ("other weights", facts["weights_sha256"], files[WEIGHTS]["sha256"]),
+        ("another TensorRT", f"{facts['product']} {facts['version']}", trt.label),
+        ("other plugin sources", facts["plugin_sources"], trt.plugin_sources),
+    ]
+    if facts["architecture"]:
+        differences.append(("another GPU", f"sm_{facts['architecture']}", f"sm_{device.architecture}"))
+    for what, built, here in differences:
+        if built != here:
+            raise EngineError(
+                f"the engine in {bundle.path} was built for {what}: {built}, and here is {here}",
+                hint=f"build it on this machine: mamba-deploy build {bundle.path}",
+            )
+
+
+def _check_tensors(engine: Any, contract: Contract, others: Sequence[str]) -> None:
+    """Raise unless the engine takes and gives what the contract says, and these others."""
+    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    wanted = {spec.name for spec in contract.tensors} | set(others)
+    if odd := sorted(names ^ wanted):
+        raise EngineError(f"the engine and the contract do not have the same tensors: {', '.join(odd[:4])}")
+    for spec in contract.tensors:
+        dtype = _TRT_DTYPES.get(engine.get_tensor_dtype(spec.name).name)
+        if dtype != spec.dtype:
+            raise EngineError(f"the engine has {spec.name} in {dtype} where the contract says {spec.dtype}")

@@ -1,0 +1,121 @@
+"""The state of a batch in the memory of the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamba_deploy.contract import Contract, numpy_dtype
+from mamba_deploy.errors import EngineError, InputError
+from mamba_deploy.runtime.device import ALIGNMENT, Device
+from mamba_deploy.runtime.state import Snapshot, check_fits
+
+__all__ = ["GpuState", "state_bytes"]
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _sizes(contract: Contract, batch: int) -> dict[str, int]:
+    return {spec.name: math.prod(spec.shape(batch)) * numpy_dtype(spec.dtype).itemsize for spec in contract.states}
+
+
+def state_bytes(contract: Contract, batch: int) -> int:
+    """Room that a batch's state takes, each tensor of it aligned."""
+    return sum(_round_up(size) for size in _sizes(contract, batch).values())
+
+
+class GpuState:
+    """The tensors of one batch, one after another in memory that the backend owns.
+
+    A call reads and writes each in place. So that one that fails can be taken back, :meth:`checkpoint` keeps a copy
+    beside it, and the backend the single tokens that were read since.
+    """
+
+    def __init__(self, device: Device, contract: Contract, batch: int, address: int, spare: int) -> None:
+        """Zeros.
+
+        Args:
+            device: Whose memory it is.
+            contract: Names, dtypes and shapes.
+            batch: Rows.
+            address: Of :func:`state_bytes` bytes.
+            spare: Of as many, for the copy.
+        """
+        self._device, self._contract, self.batch = device, contract, batch
+        self._address, self._spare, self._nbytes = address, spare, state_bytes(contract, batch)
+        self._sizes = _sizes(contract, batch)
+        self.addresses: dict[str, int] = {}
+        for name, size in self._sizes.items():
+            self.addresses[name] = address
+            address += _round_up(size)
+        self.since: list[tuple[NDArray[np.int32], NDArray[np.int32]]] | None = None  # the copy; None: there is none
+        self.is_lost = False
+        self.behind: Callable[[], None] | None = None  # takes back what runs ahead of the host
+        with device:
+            device.clear(self._address, self._nbytes)
+
+    def row_bytes(self, name: str) -> int:
+        """Of one row of a tensor; rows lie one after another."""
+        return self._sizes[name] // self.batch
+
+    def check(self) -> None:
+        """Make the state what the caller takes it for.
+
+        Raises:
+            EngineError: The memory is another batch's by now, or what is in it is not known.
+        """
+        if self.is_lost:
+            raise EngineError("the state is lost", hint="call reset(), or restore() a snapshot")
+        if self.behind is not None:
+            self.behind()
+
+    def checkpoint(self) -> None:
+        """Keep a copy of what is there now."""
+        self._device.copy(self._spare, self._address, self._nbytes)
+        self.since = []
+
+    def go_back(self) -> None:
+        """To the copy."""
+        self._device.copy(self._address, self._spare, self._nbytes)
+
+    def reset(self, rows: Sequence[int]) -> None:
+        """Set the state of these rows to zeros: they have read nothing."""
+        self.check()
+        with self._device as device:
+            for name, address in self.addresses.items():
+                size = self.row_bytes(name)
+                for row in rows:
+                    device.clear(address + row * size, size)
+        self.since = None
+
+    def snapshot(self) -> Snapshot:
+        """A copy in host memory."""
+        self.check()
+        arrays = {s.name: np.empty(s.shape(self.batch), numpy_dtype(s.dtype)) for s in self._contract.states}
+        with self._device as device:
+            for name, array in arrays.items():
+                device.download(array, self.addresses[name])
+            device.synchronize()
+        return Snapshot(arrays, {s.name: s.dtype for s in self._contract.states})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot of as many rows.
+
+        Raises:
+            InputError: The snapshot is of another model, dtype or batch size; nothing was changed.
+        """
+        check_fits(snapshot, self._contract)
+        if snapshot.batch != self.batch:
+            raise InputError(f"the saved state has {snapshot.batch} rows, this one {self.batch}")
+        if self.behind is not None:
+            self.behind()
+        with self._device as device:
+            for name, address in self.addresses.items():
+                device.upload(address, np.ascontiguousarray(snapshot.arrays[name]))
+            device.synchronize()
+        self.since, self.is_lost = None, False
