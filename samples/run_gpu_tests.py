@@ -60,26 +60,30 @@ def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) 
                 jobs += [(file, tool, [*command, sys.executable]) for file in files]
         elif sanitizer:
             click.echo(f"no {sanitizer} here: left out")
-    rows = []
+    failed = False
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
         for part in (jobs, last):
-            for found in pool.map(lambda job: _run(*job, Path(scratch)), part):
-                for row in found:
-                    click.echo(f"{row['name']}: {row['value']} {row['unit']} {row['note']}")
-                rows += found
-    failed = any("FAILED" in row["note"] for row in rows)
-    if write is not None:
-        names = {row["name"] for row in rows}
-        versions = {}
-        if write.exists():
-            before = json.loads(write.read_text(encoding="utf-8"))
-            rows = [row for row in before["rows"] if row["name"] not in names] + rows
-            versions = before["versions"]
-        if engines:
-            versions["tensorrt"] = measured.output([engines, "-c", "import tensorrt; print(tensorrt.__version__)"])
-        packages = ("mamba-deploy", "numpy", "pytest", "torch")
-        measured.write(write, rows, machine="", packages=packages, versions=versions, on_gpu=True)
+            rows = [row for found in pool.map(lambda job: _run(*job, Path(scratch)), part) for row in found]
+            for row in rows:
+                click.echo(f"{row['name']}: {row['value']} {row['unit']} {row['note']}")
+            failed |= any("FAILED" in row["note"] for row in rows)
+            if write is not None:
+                _write(write, rows, engines)
     sys.exit(failed)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], engines: str | None) -> None:
+    """Put rows into the file, in place of those with their names."""
+    names = {row["name"] for row in rows}
+    versions = {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in before["rows"] if row["name"] not in names] + rows
+        versions = before["versions"]
+    if engines:
+        versions["tensorrt"] = measured.output([engines, "-c", "import tensorrt; print(tensorrt.__version__)"])
+    packages = ("mamba-deploy", "numpy", "pytest", "torch")
+    measured.write(path, rows, machine="", packages=packages, versions=versions, on_gpu=True)
 
 
 def _run(file: str, tool: str, python: list[str], scratch: Path) -> list[dict[str, Any]]:

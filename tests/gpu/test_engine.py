@@ -80,7 +80,7 @@ def opened(built: Callable[[str], Any]) -> Iterator[Callable[..., Any]]:
         bundle = built(name)
         if backend == "onnxruntime":
             pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
-            options = {"graph": "portable", **options}
+            options = {"graph": "portable", "threads": 2, **options}
         sessions.append(Session.open(bundle.path, backend, **options))
         return sessions[-1]
 
