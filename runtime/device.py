@@ -71,6 +71,10 @@ class Graph:
             self._bindings.cuGraphExecDestroy(self._executable)
         self._executable = None
 
+    def __del__(self) -> None:
+        """One that nobody holds any more."""
+        self.free()
+
 
 class Device:
     """A GPU with one stream of its own. Use it inside ``with device:``, from the thread that made it."""

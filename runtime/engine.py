@@ -32,6 +32,7 @@ DECODE, PROMPT = 0, 1  # profiles of the engine
 _STEPS_KEPT = 16  # single tokens that are read before the state is copied again
 _TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32"}
 _WORDS = ALIGNMENT // 4  # of int32
+_GRAPHS_KEPT = 16  # one for each number of rows, and for each way of choosing tokens
 _MAX_EOS = 64  # ids that end a row and that the GPU looks for
 
 
@@ -222,70 +223,80 @@ class TensorRTBackend:
         with self.device:
             state.check()
             single = input_ids.shape[1] == 1
+            graph = self._step_graph(state) if single else None
             if not single or state.since is None or len(state.since) >= _STEPS_KEPT:
                 state.checkpoint()
             assert state.since is not None
+            before = len(state.since)
             try:
-                if not single:
-                    logits = self._prompt(input_ids, seq_lens, state)
-                    state.since = None
-                    return logits
-                self._step(input_ids, seq_lens, state)
-                logits = self._read_logits(state.batch)
+                if single:
+                    state.since.append((input_ids.copy(), seq_lens.copy()))
+                    self._step(input_ids, seq_lens, graph)
+                    return self._read_logits(state.batch)
+                logits = self._prompt(input_ids, seq_lens, state)
+                state.since = None
+                return logits
             except BaseException:
-                self._undo(state)
+                self._undo(state, before, graph)
                 raise
-            state.since.append((input_ids.copy(), seq_lens.copy()))
-            return logits
 
-    def _undo(self, state: GpuState) -> None:
+    def _undo(self, state: GpuState, before: int, graph: Graph | None) -> None:
         """Take the state back to before a call that was not finished: to the copy, and the tokens read since."""
         state.is_lost = True
+        state.since = (state.since or [])[:before]
         self.device.synchronize()
         state.go_back()
-        for input_ids, seq_lens in state.since or []:
-            self._step(input_ids, seq_lens, state)
+        for input_ids, seq_lens in state.since:
+            self._step(input_ids, seq_lens, graph)
         self.device.synchronize()
         state.is_lost = False
 
     # --- decode ---------------------------------------------------------------------------------------------------
 
-    def _step(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], state: GpuState) -> None:
-        """Enqueue one token a row."""
-        self.device.synchronize()  # nothing reads the host arrays any more
-        batch = state.batch
-        self._host_ids.ravel()[:batch] = input_ids[:, 0]
-        self._host_lens.ravel()[:batch] = seq_lens
-        self.device.upload(self._ids.address, self._host_ids.ravel()[:batch])
-        self.device.upload(self._lens.address, self._host_lens.ravel()[:batch])
-        self._bind_step(state)
-        if self._use_graphs:
-            graph = self._graph(("step", batch), lambda: self._enqueue(DECODE))
-            if graph is not None:
-                graph.launch()
-                return
-        self._enqueue(DECODE)
-
-    def _bind_step(self, state: GpuState) -> None:
+    def _step_graph(self, state: GpuState) -> Graph | None:
+        """Of one token a row, made when it is first wanted; None without graphs. The state is left as it is."""
         outputs = (self._logits.address, self._next.address)
         self._bind(DECODE, state.batch, 1, self._ids.address, self._lens.address, state.addresses, outputs)
+        return self._graph(("step", state.batch), state, lambda: self._enqueue(DECODE)) if self._use_graphs else None
 
-    def _graph(self, key: Any, enqueue: Callable[[], None]) -> Graph | None:
+    def _step(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], graph: Graph | None) -> None:
+        """Enqueue one token a row."""
+        self._load(input_ids[:, 0], seq_lens)
+        if graph is None:
+            self._enqueue(DECODE)
+        else:
+            graph.launch()
+
+    def _load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
+        """Put in place what a step reads."""
+        self.device.synchronize()  # nothing reads the host arrays any more
+        for host, memory, values in ((self._host_ids, self._ids, tokens), (self._host_lens, self._lens, lengths)):
+            flat = host.ravel()[: len(values)]
+            flat[...] = values
+            self.device.upload(memory.address, flat)
+
+    def _graph(self, key: Any, state: GpuState, enqueue: Callable[[], None]) -> Graph | None:
         """A graph of what is bound now; None, which is said once, where it cannot be captured."""
-        state = self._state
-        assert state is not None
-        if key not in self._graphs:
-            state.checkpoint()
-            enqueue()  # once before a capture, as TensorRT wants; and as if it had not been
+        if key in self._graphs:
+            return self._graphs[key]
+        nobody = np.zeros(state.batch, np.int32)
+        self._load(nobody, nobody)
+        state.checkpoint()
+        try:
+            enqueue()  # once before a capture, as TensorRT wants; with no row that reads anything
+        finally:
             state.go_back()
             self.device.synchronize()
-            try:
-                self._graphs[key] = self.device.capture(enqueue)
-            except EngineError as error:
-                self._say(f"decoding without CUDA graphs, which is slower: {error}")
-                self._use_graphs = False
-                return None
-        return self._graphs[key]
+        try:
+            graph = self.device.capture(enqueue)
+        except EngineError as error:
+            self._say(f"decoding without CUDA graphs, which is slower: {error}")
+            self._use_graphs = False
+            return None
+        if len(self._graphs) >= _GRAPHS_KEPT:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph
+        return graph
 
     def _read_logits(self, batch: int) -> NDArray[np.float32]:
         self.device.download(self._host_logits[:batch], self._logits.address)
@@ -350,25 +361,19 @@ class TensorRTBackend:
                     **filters,
                 )
 
-            self._bind_step(state)
-            self.load(np.zeros(batch, np.int32), np.zeros(batch, np.int32), 0)
-            graph = self._graph(("ahead", batch, *filters.values()), enqueue)
+            if self._step_graph(state) is None:
+                return None
+            graph = self._graph(("ahead", batch, *filters.values()), state, enqueue)
         if graph is None:
             return None
         return Ahead(self, state, graph, tokens, limit, draw if filters else None)
 
     def load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32], step: int) -> None:
         """See :class:`mamba_deploy.runtime.ahead.Buffers`."""
-        self.device.synchronize()
-        batch = len(tokens)
-        self._host_steps[:batch] = step
-        for host, memory, values in (
-            (self._host_ids.ravel(), self._ids, tokens),
-            (self._host_lens.ravel(), self._lens, lengths),
-            (self._host_steps, self._steps, self._host_steps[:batch]),
-        ):
-            host[:batch] = values
-            self.device.upload(memory.address, host[:batch])
+        self._load(tokens, lengths)
+        steps = self._host_steps[: len(tokens)]
+        steps[...] = step
+        self.device.upload(self._steps.address, steps)
 
     def _load_kernels(self) -> Kernels | None:
         """The kernels of the plugins, for the choice of tokens; None, which is said once, where they cannot be had."""

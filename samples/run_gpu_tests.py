@@ -63,12 +63,12 @@ def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) 
     failed = False
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
         for part in (jobs, last):
-            rows = [row for found in pool.map(lambda job: _run(*job, Path(scratch)), part) for row in found]
-            for row in rows:
-                click.echo(f"{row['name']}: {row['value']} {row['unit']} {row['note']}")
-            failed |= any("FAILED" in row["note"] for row in rows)
-            if write is not None:
-                _write(write, rows, engines)
+            for rows in pool.map(lambda job: _run(*job, Path(scratch)), part):
+                for row in rows:
+                    click.echo(f"{row['name']}: {row['value']} {row['unit']} {row['note']}")
+                failed |= any("FAILED" in row["note"] for row in rows)
+                if write is not None:
+                    _write(write, rows, engines)
     sys.exit(failed)
 
 
