@@ -259,4 +259,4 @@ def _preload_rtx() -> None:
     for pattern in ("libcudart.so.*", "libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"):
         for path in sorted(folder.glob(pattern)):
             with contextlib.suppress(OSError):
-                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+                ctypes.CDLL(str(path))  # found again by its name; its symbols are not for everybody
