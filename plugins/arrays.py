@@ -10,7 +10,14 @@ from mamba_deploy.errors import PluginError
 
 __all__ = ["Array", "as_array", "check_devices", "check_overlap", "check_pointer", "stream_handle"]
 
-_TYPESTRS = {"<f4": "float32", "<f2": "float16", "<i4": "int32", "<u2": "uint16", "<V2": "uint16"}
+_TYPESTRS = {
+    "<f8": "float64",
+    "<f4": "float32",
+    "<f2": "float16",
+    "<i4": "int32",
+    "<u2": "uint16",
+    "<V2": "uint16",
+}
 
 
 class Array(NamedTuple):

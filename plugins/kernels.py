@@ -213,8 +213,6 @@ def _check_name(name: str, dtype: str) -> str:
 def _check_dtype(array: Array, expected: str, said: bool) -> None:
     if array.dtype == expected or (array.dtype == "uint16" and expected == "bfloat16" and said):
         return
-    if array.dtype == "<f8" and expected == "float64":
-        return
     hint = _BFLOAT16_HINT if array.dtype == "uint16" and expected == "bfloat16" else ""
     raise PluginError(f"{array.name} is {array.dtype}: expected {expected}", hint=hint)
 
