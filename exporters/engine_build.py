@@ -26,7 +26,7 @@ from mamba_deploy.plugins.build import cache_folder
 from mamba_deploy.plugins.toolchain import gpu_architectures
 from mamba_deploy.runtime.trt import PluginKind, rtx_folder
 
-__all__ = ["build_engine", "engine_file"]
+__all__ = ["build_engine", "engine_file", "engine_request"]
 
 Say = Callable[[str], None]
 _MOST = {"max_batch": 1 << 16, "max_prefill": 1 << 20, "prefill_batch": 1 << 16}  # beyond, TensorRT-RTX hangs
@@ -94,20 +94,17 @@ def build_engine(
             f"{_MOST_TOKENS} tokens",
             hint="longer prompts are read in several calls: smaller --max-prefill, or --prefill-batch",
         )
-    profiles = {
-        "decode": [[1, 1, max_batch], [1, 1, 1]],
-        "prompt": [[1, prefill_batch, prefill_batch], [1, max_prefill, max_prefill]],
-    }
-    request = {
-        "backend": backend,
-        "profiles": profiles,
-        "plugins": plugins,
-        "workspace_bytes": (workspace_mib or 0) << 20,
-        "optimization_level": optimization_level,
-        "compute_capabilities": list(dict.fromkeys(_capability(name) for name in compute_capabilities)),
-        "timing_cache": str(_timing_cache(backend)) if use_timing_cache and backend == "tensorrt" else "",
-        "mark": [],
-    }
+    request = engine_request(
+        backend,
+        max_batch=max_batch,
+        max_prefill=max_prefill,
+        prefill_batch=prefill_batch,
+        plugins=plugins,
+        workspace_bytes=(workspace_mib or 0) << 20,
+        optimization_level=optimization_level,
+        compute_capabilities=list(dict.fromkeys(_capability(name) for name in compute_capabilities)),
+        timing_cache=str(_timing_cache(backend)) if use_timing_cache and backend == "tensorrt" else "",
+    )
     try:
         work = tempfile.TemporaryDirectory(prefix=".engine.", suffix=".partial", dir=bundle.path)
     except OSError as error:
@@ -127,6 +124,35 @@ def build_engine(
             "weights": answer["weights"],
         }
         return add_engine(bundle, backend, Path(folder) / "engine", facts)
+
+
+def engine_request(
+    backend: str,
+    *,
+    max_batch: int,
+    max_prefill: int,
+    prefill_batch: int,
+    plugins: str,
+    workspace_bytes: int = 0,
+    optimization_level: int | None = None,
+    compute_capabilities: Sequence[str] = (),
+    timing_cache: str = "",
+    mark: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What :func:`engine_file` is asked for; ``mark`` are tensors of the graph to make outputs too."""
+    return {
+        "backend": backend,
+        "profiles": {
+            "decode": [[1, 1, max_batch], [1, 1, 1]],
+            "prompt": [[1, prefill_batch, prefill_batch], [1, max_prefill, max_prefill]],
+        },
+        "plugins": plugins,
+        "workspace_bytes": workspace_bytes,
+        "optimization_level": optimization_level,
+        "compute_capabilities": list(compute_capabilities),
+        "timing_cache": timing_cache,
+        "mark": list(mark),
+    }
 
 
 def engine_file(bundle: Bundle, request: dict[str, Any], folder: Path, say: Say) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mamba_deploy.bundle import LOWERED, PORTABLE, WEIGHTS, Bundle
 from mamba_deploy.contract import numpy_dtype
 from mamba_deploy.errors import EngineError, ExportError, MambaDeployError, require
-from mamba_deploy.exporters.engine_build import engine_file
+from mamba_deploy.exporters.engine_build import engine_file, engine_request
 from mamba_deploy.runtime.engine import MarkedEngine, TensorRTBackend
 from mamba_deploy.runtime.ort import CUDA_OPTIONS, PROVIDERS, prepare_cuda
 
@@ -134,16 +134,16 @@ def tensorrt_layers(
     """
     length, names = len(tokens), layer_names(bundle)
     own = bundle.engine(backend)
-    request = {
-        "backend": backend,
-        "profiles": {"decode": [[1, 1, 1], [1, 1, 1]], "prompt": [[1, 1, 1], [1, length, length]]},
-        "plugins": own["plugins"],
-        "workspace_bytes": 0,
-        "optimization_level": None,
-        "compute_capabilities": own.get("compute_capabilities", []),
-        "timing_cache": "",
-        "mark": names,
-    }
+    capabilities = own.get("compute_capabilities", [])
+    request = engine_request(
+        backend,
+        max_batch=1,
+        max_prefill=length,
+        prefill_batch=1,
+        plugins=own["plugins"],
+        compute_capabilities=capabilities,
+        mark=names,
+    )
     with tempfile.TemporaryDirectory(prefix="mamba-deploy.") as folder:
         answer = engine_file(bundle, request, Path(folder), say)
         facts = {**own, **answer, "max_batch": 1, "max_prefill": length, "prefill_batch": 1}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mamba_deploy.errors import EngineError
 from mamba_deploy.runtime.device import Device, Graph
 from mamba_deploy.runtime.gpu_state import GpuState
+from mamba_deploy.runtime.sampling import NOT_FINITE
 
 __all__ = ["LOG_STEPS", "Ahead", "Buffers"]
 
@@ -65,7 +66,6 @@ class Ahead:
         self._limit, self._drawn = limit, 0
         self._start = self._executed = 0  # steps at the state's copy, and enqueued
         self._events: list[Any] = []  # of the steps since the copy
-        state.behind = self.settle
 
     @property
     def _asked(self) -> int:
@@ -85,11 +85,7 @@ class Ahead:
             slot = self._asked % LOG_STEPS
             chosen = self._buffers.host_log[slot * batch : (slot + 1) * batch].copy()
         if bad := np.flatnonzero(self._active & (chosen < 0)).tolist():
-            raise EngineError(
-                f"logits of row {bad[0]} are not finite",
-                hint="run 'mamba-deploy verify' on this bundle; float16 overflows above 65504, "
-                "so an export with --dtype bf16 or fp32 may help",
-            )
+            raise EngineError(f"logits of row {bad[0]} are not finite", hint=NOT_FINITE)
         self._tokens.append(np.maximum(chosen, 0))
         return chosen
 
@@ -127,6 +123,7 @@ class Ahead:
 
     def _enqueue(self, steps: int) -> None:
         self._state.check()
+        self._state.behind = self.settle
         self._state.checkpoint()
         self._start, self._events, self._active_at_start = self._executed, [], self._active.copy()
         batch = self._state.batch

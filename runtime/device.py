@@ -15,10 +15,15 @@ from numpy.typing import NDArray
 
 from mamba_deploy.errors import EngineError, MissingDependencyError, require
 
-__all__ = ["ALIGNMENT", "Device", "Graph", "Memory", "View"]
+__all__ = ["ALIGNMENT", "Device", "Graph", "Memory", "View", "aligned"]
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
 _TYPESTRS = {"float32": "<f4", "float64": "<f8", "int32": "<i4"}
+
+
+def aligned(nbytes: int) -> int:
+    """Room for so many bytes, after which another tensor may begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class View(NamedTuple):

@@ -21,17 +21,16 @@ from mamba_deploy.contract import Contract, numpy_dtype, to_float32
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
 from mamba_deploy.runtime.ahead import LOG_STEPS, Ahead
-from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View
+from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View, aligned
 from mamba_deploy.runtime.gpu_state import GpuState, state_bytes
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
 
-__all__ = ["MarkedEngine", "TensorRTBackend"]
+__all__ = ["MarkedEngine", "TensorRTBackend", "load_engine"]
 
 DECODE, PROMPT = 0, 1  # profiles of the engine
 _STEPS_KEPT = 16  # single tokens that are read before the state is copied again
 _TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32"}
-_WORDS = ALIGNMENT // 4  # of int32
 _GRAPHS_KEPT = 16  # one for each number of rows, and for each way of choosing tokens
 _MAX_EOS = 64  # ids that end a row and that the GPU looks for
 
@@ -104,13 +103,7 @@ class TensorRTBackend:
         log = trt.logger(self._say)
         plugins: PluginKind = facts["plugins"]
         self._plugins = trt.load_plugins(plugins, self._say)
-        runtime = trt.module.Runtime(log)
-        self._engine = _deserialize(runtime, engine.path if engine else bundle.file(ENGINES[backend]))
-        if self._engine is None:
-            raise EngineError(
-                f"{trt.label} does not load {bundle.path / ENGINES[backend]}: {'; '.join(log.errors[-3:])}",
-                hint=f"build it again: mamba-deploy build {bundle.path}",
-            )
+        self._engine: Any = load_engine(trt, log, engine.path if engine else bundle.file(ENGINES[backend]))
         marked = engine.marked if engine else ()
         _check_tensors(self._engine, self._contract, [*facts["weights"], *marked])
         self._log = log
@@ -140,9 +133,8 @@ class TensorRTBackend:
             axes = tuple(self._engine.get_tensor_shape(name))[2:]
             nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
             self._marked[name] = (allocate(nbytes, name).address, dtype, axes)
-        self._row_words = -(-self.max_chunk // _WORDS) * _WORDS
-        self._ids = allocate(4 * self.max_batch * self._row_words, "token ids")
-        self._lens = allocate(4 * self.max_batch * _WORDS, "lengths")
+        self._ids = allocate(4 * tokens, "token ids")
+        self._lens = allocate(4 * self.max_batch, "lengths")
         self._steps = allocate(4 * self.max_batch, "step counts")
         self._eos = allocate(4 * _MAX_EOS, "ids that end a row")
         self._host_eos, _ = self.device.host_array((_MAX_EOS,), np.int32)
@@ -151,8 +143,8 @@ class TensorRTBackend:
         self.host_uniform, self._uniform_address = self.device.host_array((LOG_STEPS * self.max_batch,), np.float64)
         self._kernels: Kernels | None = None
         self._no_kernels = False
-        self._host_ids, _ = self.device.host_array((self.max_batch, self._row_words), np.int32)
-        self._host_lens, _ = self.device.host_array((self.max_batch, _WORDS), np.int32)
+        self._host_ids, _ = self.device.host_array((tokens,), np.int32)
+        self._host_lens, _ = self.device.host_array((self.max_batch,), np.int32)
         self._host_logits, _ = self.device.host_array((self.max_batch, V), np.float32)
         self._contexts = []
         for profile in (DECODE, PROMPT):
@@ -179,7 +171,7 @@ class TensorRTBackend:
         starts, size = {}, 0
         for name, (_, length) in places.items():
             starts[name] = size
-            size += -(-length // ALIGNMENT) * ALIGNMENT
+            size += aligned(length)
         base = allocate(size, "the weights").address
         found = {}
         with bundle.file(WEIGHTS).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -255,8 +247,7 @@ class TensorRTBackend:
 
     def _step_graph(self, state: GpuState) -> Graph | None:
         """Of one token a row, made when it is first wanted; None without graphs. The state is left as it is."""
-        outputs = (self._logits.address, self._next.address)
-        self._bind(DECODE, state.batch, 1, self._ids.address, self._lens.address, state.addresses, outputs)
+        self._bind(DECODE, state.batch, 1, state.addresses)
         return self._graph(("step", state.batch), state, lambda: self._enqueue(DECODE)) if self._use_graphs else None
 
     def _step(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], graph: Graph | None) -> None:
@@ -271,9 +262,9 @@ class TensorRTBackend:
         """Put in place what a step reads."""
         self.device.synchronize()  # nothing reads the host arrays any more
         for host, memory, values in ((self._host_ids, self._ids, tokens), (self._host_lens, self._lens, lengths)):
-            flat = host.ravel()[: len(values)]
-            flat[...] = values
-            self.device.upload(memory.address, flat)
+            used = host[: len(values)]
+            used[...] = values
+            self.device.upload(memory.address, used)
 
     def _graph(self, key: Any, state: GpuState, enqueue: Callable[[], None]) -> Graph | None:
         """A graph of what is bound now; None, which is said once, where it cannot be captured."""
@@ -361,8 +352,7 @@ class TensorRTBackend:
                     **filters,
                 )
 
-            if self._step_graph(state) is None:
-                return None
+            self._bind(DECODE, batch, 1, state.addresses)
             graph = self._graph(("ahead", batch, *filters.values()), state, enqueue)
         if graph is None:
             return None
@@ -395,22 +385,16 @@ class TensorRTBackend:
         V, group = self._vocab_size, self._prefill_batch
         shape = (B, L, V) if self._contract.all_logits else (B, V)
         logits = np.zeros(shape, np.float32)
-        self.device.synchronize()
         for start in range(0, B, group):
             rows = slice(start, min(start + group, B))
             count, width = rows.stop - start, int(seq_lens[rows].max())
             if width == 0:
                 continue
-            ids, lens = self._host_ids.ravel()[: count * width], self._host_lens.ravel()[:count]
-            ids[...] = input_ids[rows, :width].ravel()
-            lens[...] = seq_lens[rows]
-            self.device.upload(self._ids.address, ids)
-            self.device.upload(self._lens.address, lens)
+            self._load(input_ids[rows, :width].ravel(), seq_lens[rows])
             addresses, copies = self._row_addresses(state, start, count)
             for own, staged, nbytes in copies:
                 self.device.copy(staged, own, nbytes)
-            outputs = (self._logits.address, self._next.address)
-            self._bind(PROMPT, count, width, self._ids.address, self._lens.address, addresses, outputs)
+            self._bind(PROMPT, count, width, addresses)
             self._enqueue(PROMPT)
             for own, staged, nbytes in copies:
                 self.device.copy(own, staged, nbytes)
@@ -445,27 +429,19 @@ class TensorRTBackend:
         staged, address = {}, self._staged.address
         for name in own:
             staged[name] = address
-            address += -(-state.row_bytes(name) * count // ALIGNMENT) * ALIGNMENT
+            address += aligned(state.row_bytes(name) * count)
         return staged, [(own[name], staged[name], count * state.row_bytes(name)) for name in own]
 
     # --- TensorRT -------------------------------------------------------------------------------------------------
 
-    def _bind(
-        self,
-        profile: int,
-        batch: int,
-        seq: int,
-        ids: int,
-        lens: int,
-        states: Mapping[str, int],
-        outputs: tuple[int, int],
-    ) -> None:
+    def _bind(self, profile: int, batch: int, seq: int, states: Mapping[str, int]) -> None:
         """Give a context its shapes and addresses; a state goes out where it came in."""
-        key = (batch, seq, ids, lens, *states.values(), *outputs)
+        key = (batch, seq, *states.values())
         if self._bound.get(profile) == key:
             return
         context = self._contexts[profile]
-        by_role = {"tokens": ids, "lengths": lens, "logits": outputs[0], "next_token": outputs[1]}
+        memories = {"tokens": self._ids, "lengths": self._lens, "logits": self._logits, "next_token": self._next}
+        by_role = {role: memory.address for role, memory in memories.items()}
         accepted = True
         for spec in self._contract.tensors:
             if spec.direction == "in":
@@ -502,10 +478,20 @@ class TensorRTBackend:
         self._cleanup.close()
 
 
-def _deserialize(runtime: Any, path: Path) -> Any:
-    """From a map of the file, so that its bytes are in memory but once."""
+def load_engine(trt: TensorRT, log: Any, path: Path) -> Any:
+    """Deserialise, from a map of the file, so that its bytes are in memory but once.
+
+    Raises:
+        EngineError: TensorRT does not load it.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return runtime.deserialize_cuda_engine(content)
+        engine = trt.module.Runtime(log).deserialize_cuda_engine(content)
+    if engine is None:
+        raise EngineError(
+            f"{trt.label} does not load {path}: {'; '.join(log.errors[-3:])}",
+            hint=f"build it again: mamba-deploy build {path.parent}",
+        )
+    return engine
 
 
 def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device: Device) -> None:

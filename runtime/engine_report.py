@@ -10,6 +10,7 @@ from typing import Any
 from mamba_deploy.bundle import ENGINES, Bundle
 from mamba_deploy.errors import EngineError, MambaDeployError
 from mamba_deploy.runtime.device import Device
+from mamba_deploy.runtime.engine import load_engine
 from mamba_deploy.runtime.trt import load
 
 __all__ = ["layers", "parse"]
@@ -31,13 +32,10 @@ def layers(path: Path, backend: str) -> dict[str, Any]:
             with device:
                 log = trt.logger(lambda message: None)
                 trt.load_plugins(facts["plugins"])
-                runtime = trt.module.Runtime(log)
-                engine = runtime.deserialize_cuda_engine((path / ENGINES[backend]).read_bytes())
-                if engine is None:
-                    raise EngineError(f"{trt.label} does not load it: {'; '.join(log.errors[-3:])}")
+                engine = load_engine(trt, log, path / ENGINES[backend])
                 inspector = engine.create_engine_inspector()
                 text = inspector.get_engine_information(trt.module.LayerInformationFormat.JSON)
-                del inspector, engine, runtime  # before the device goes
+                del inspector, engine  # before the device goes
         finally:
             device.close()
     except MambaDeployError as error:

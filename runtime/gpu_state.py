@@ -9,15 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_deploy.contract import Contract, numpy_dtype
-from mamba_deploy.errors import EngineError, InputError
-from mamba_deploy.runtime.device import ALIGNMENT, Device
+from mamba_deploy.errors import EngineError
+from mamba_deploy.runtime.device import Device, aligned
 from mamba_deploy.runtime.state import Snapshot, check_fits
 
 __all__ = ["GpuState", "state_bytes"]
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _sizes(contract: Contract, batch: int) -> dict[str, int]:
@@ -26,7 +22,7 @@ def _sizes(contract: Contract, batch: int) -> dict[str, int]:
 
 def state_bytes(contract: Contract, batch: int) -> int:
     """Room that a batch's state takes, each tensor of it aligned."""
-    return sum(_round_up(size) for size in _sizes(contract, batch).values())
+    return sum(aligned(size) for size in _sizes(contract, batch).values())
 
 
 class GpuState:
@@ -52,7 +48,7 @@ class GpuState:
         self.addresses: dict[str, int] = {}
         for name, size in self._sizes.items():
             self.addresses[name] = address
-            address += _round_up(size)
+            address += aligned(size)
         self.since: list[tuple[NDArray[np.int32], NDArray[np.int32]]] | None = None  # the copy; None: there is none
         self.is_lost = False
         self.behind: Callable[[], None] | None = None  # takes back what runs ahead of the host
@@ -109,9 +105,7 @@ class GpuState:
         Raises:
             InputError: The snapshot is of another model, dtype or batch size; nothing was changed.
         """
-        check_fits(snapshot, self._contract)
-        if snapshot.batch != self.batch:
-            raise InputError(f"the saved state has {snapshot.batch} rows, this one {self.batch}")
+        check_fits(snapshot, self._contract, self.batch)
         if self.behind is not None:
             self.behind()
         with self._device as device:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mamba_deploy.contract import Contract, numpy_dtype
-from mamba_deploy.errors import InputError
 from mamba_deploy.runtime.state import Snapshot, State, check_fits
 
 __all__ = ["OrtState"]
@@ -65,9 +64,7 @@ class OrtState(State):
         Raises:
             InputError: The snapshot is of another model, dtype or batch size; nothing was changed.
         """
-        check_fits(snapshot, self.contract)
-        if snapshot.batch != self.batch:
-            raise InputError(f"the saved state has {snapshot.batch} rows, this one {self.batch}")
+        check_fits(snapshot, self.contract, self.batch)
         for spec in self.contract.states:
             array = np.ascontiguousarray(snapshot.arrays[spec.name], numpy_dtype(spec.dtype))
             self.spare[spec.name].update_inplace(array)

@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 
 from mamba_deploy.errors import EngineError, InputError
 
-__all__ = ["Sampler", "Sampling", "distribution"]
+__all__ = ["NOT_FINITE", "Sampler", "Sampling", "distribution"]
+
+NOT_FINITE = (  # what to do about such logits
+    "run 'mamba-deploy verify' on this bundle; float16 overflows above 65504, "
+    "so an export with --dtype bf16 or fp32 may help"
+)
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,7 @@ def _penalized(logits: NDArray[np.float32], history: Sequence[int], penalty: flo
     if not finite.all():
         raise EngineError(
             f"logits of row {row} are not finite: {np.count_nonzero(~finite)} of {logits.size} are NaN or infinite",
-            hint="run 'mamba-deploy verify' on this bundle; float16 overflows above 65504, "
-            "so an export with --dtype bf16 or fp32 may help",
+            hint=NOT_FINITE,
         )
     if penalty == 1:
         return logits

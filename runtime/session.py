@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from mamba_deploy.runtime.tokenizer import Tokenizer
 
 __all__ = ["BACKENDS", "Session"]
 
-BACKENDS = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "torch", *ENGINES)
 DEFAULT_MAX_CHUNK = 512  # of backends that can be given any number of tokens
 
 
@@ -340,17 +340,10 @@ class Session:
             ahead=self._ahead,
         )
 
-    def _ahead(
-        self,
-        tokens: Sequence[int],
-        sampling: Sampling,
-        eos_ids: Sequence[int],
-        limit: int,
-        draw: Callable[[int], float],
-    ) -> Ahead | None:
+    def _ahead(self, *arguments: Any) -> Ahead | None:
         """Decoding on the device, where the backend has it: :meth:`runtime.engine.TensorRTBackend.decode_ahead`."""
         start = getattr(self.backend, "decode_ahead", None)
-        return None if start is None else start(self._state, tokens, sampling, eos_ids, limit, draw)
+        return None if start is None else start(self._state, *arguments)
 
     def _encode(self, prompt: Any) -> list[list[int]]:
         if hasattr(prompt, "tolist"):  # an array or a tensor

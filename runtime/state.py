@@ -143,18 +143,16 @@ class State:
         Raises:
             InputError: The snapshot is of another model, dtype or batch size; nothing was changed.
         """
-        check_fits(snapshot, self.contract)
-        if snapshot.batch != self.batch:
-            raise InputError(f"the saved state has {snapshot.batch} rows, this one {self.batch}")
+        check_fits(snapshot, self.contract, self.batch)
         for name, array in self.current.items():
             array[...] = snapshot.arrays[name]
 
 
-def check_fits(snapshot: Snapshot, contract: Contract) -> None:
-    """Raise unless a snapshot holds exactly the states of a contract.
+def check_fits(snapshot: Snapshot, contract: Contract, batch: int | None = None) -> None:
+    """Raise unless a snapshot holds exactly the states of a contract, of so many rows if a number is given.
 
     Raises:
-        InputError: A tensor is missing or unknown, or has another shape or dtype.
+        InputError: A tensor is missing or unknown, or has another shape or dtype; or the rows are others.
     """
     expected = {spec.name: spec for spec in contract.states}
     if odd := sorted(set(expected) ^ set(snapshot.arrays)):
@@ -171,3 +169,5 @@ def check_fits(snapshot: Snapshot, contract: Contract) -> None:
                 f"saved state '{name}' is {dtype} {list(shape)}, the model wants {spec.dtype} {list(spec.axes)}",
                 hint="a state can only go on in the model it came from, exported with the same dtypes",
             )
+    if batch is not None and snapshot.batch != batch:
+        raise InputError(f"the saved state has {snapshot.batch} rows, this one {batch}")

@@ -15,13 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from mamba_deploy.bundle import ENGINES
 from mamba_deploy.errors import EngineError, MissingDependencyError, PluginError, require
 from mamba_deploy.plugins.build import PRODUCTS, current, plugin_library, sources_hash
 from mamba_deploy.plugins.python_plugin import register
 
 __all__ = ["BACKENDS", "OLDEST", "PluginKind", "TensorRT", "library_in_use", "load", "rtx_folder"]
 
-BACKENDS = ("tensorrt", "tensorrt-rtx")
+BACKENDS = tuple(ENGINES)
 OLDEST = (8, 6)  # 8.5 has no load_library, and its Python no name for half of what is used here
 PluginKind = Literal["auto", "library", "python"]
 Say = Callable[[str], None]

@@ -156,6 +156,21 @@ def test_the_state_is_where_the_tokens_are_at_any_moment(opened: Open, count: in
     assert seen + [token.id for token in running] == whole
 
 
+def test_two_generators_that_take_turns_leave_the_state_at_the_last_token(opened: Open, cpu: Session) -> None:
+    """Whichever ran ahead last is the one that is taken back."""
+    found = []
+    for session in (opened(), cpu):
+        first = session.generate([[1, 2]], max_tokens=60)
+        seen = [next(first).id, next(first).id]
+        second = session.generate([[3]], max_tokens=60)
+        for running in (second, first, second, second, first):
+            seen.append(next(running).id)
+        found.append((seen, session.snapshot()))
+    assert found[0][0] == found[1][0]
+    for got, want in zip(found[0][1].arrays.values(), found[1][1].arrays.values(), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
 def test_a_generator_that_is_closed_leaves_the_state_at_its_last_token(opened: Open) -> None:
     session = opened()
     running = session.generate([[1, 2], [3]], max_tokens=60, temperature=1.0, seed=0)
