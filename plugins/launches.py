@@ -117,8 +117,9 @@ class _Shape(NamedTuple):
 _FEW = _Shape(2, 8, 64, 64, 1, 1, 8, 1, 4, 640, 1)
 _MEDIUM = _Shape(2, 8, 32, 64, 2, 1, 8, 2, 10, 640, 1)
 _MANY = _Shape(4, 4, 32, 32, 4, 1, 8, 4, 8, 256, 3)
+_FEW_32 = _Shape(2, 16, 64, 64, 1, 2, 8, 1, 3, 576, 1)
+_STATES_32 = _Shape(4, 8, 16, 32, 2, 1, 8, 2, 8, 384, 2)
 _STATES = (  # the most states, the shape, quads of channels
-    (32, _Shape(4, 8, 16, 32, 2, 1, 8, 2, 8, 384, 2), 8),
     (64, _Shape(4, 16, 16, 16, 1, 2, 8, 1, 4, 384, 2), 4),
     (128, _Shape(4, 32, 16, 16, 1, 4, 8, 1, 2, 352, 2), 2),
     (256, _Shape(8, 32, 8, 8, 1, 4, 8, 1, 2, 352, 1), 2),
@@ -136,7 +137,7 @@ class _PromptPlan(ctypes.Structure):
 
 def _scan_room(call: Any) -> int:
     groups = call.batch * _ceil(call.channels, 16)
-    if call.length == 1 or call.state_size > 16 or groups > 36:
+    if call.length == 1 or call.state_size > 32 or groups > 36:
         return 1
     count = min(396 // groups, call.length // 128)
     return 1 if count < 4 else count
@@ -151,16 +152,17 @@ def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
     room = _scan_room(call)
     if room > 1:
         length = _ceil(_ceil(call.length, room), 32) * 32
-        plan = _scan_plan(call, _MANY, 4, _ceil(call.length, length), length, workspace)
+        shape = _STATES_32 if call.state_size > 16 else _MANY
+        plan = _scan_plan(call, shape, 4, _ceil(call.length, length), length, workspace)
         elements = call.batch * call.channels * call.state_size
         passing = Launch(_PROMPT, "mamba::scan::pass_kernel", (_ceil(elements, 128),), (128,), 0, (call, plan))
-        return [_scan_launch(call, _MANY, plan, summary=True), passing, _scan_launch(call, _MANY, plan, summary=False)]
+        return [_scan_launch(call, shape, plan, summary=True), passing, _scan_launch(call, shape, plan, summary=False)]
     shape, quads = _scan_shape(call, device)
     return [_scan_launch(call, shape, _scan_plan(call, shape, quads, 1, call.length, 0), summary=False)]
 
 
 def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
-    if call.state_size > 16:
+    if call.state_size > 32:
         return next((shape, quads) for most, shape, quads in _STATES if call.state_size <= most)
 
     def best(*allowed: int) -> int:
@@ -168,10 +170,17 @@ def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
         load = {q: _ceil(call.batch * _ceil(call.channels, 4 * q), device.multiprocessors) * q for q in allowed}
         return min(reversed(allowed), key=load.__getitem__)
 
+    def fits(shape: _Shape) -> bool:
+        return device.shared_bytes >= 4 * shape.shared_floats(shape.quads, False)
+
+    if call.state_size > 16:
+        if call.batch * _ceil(call.channels, 12) <= device.multiprocessors and fits(_FEW_32):
+            return _FEW_32, best(2, 3)
+        return _STATES_32, best(4, 6, 8)
     if call.batch * call.channels >= 64 * device.multiprocessors:
         return _MANY, best(4, 6, 8)
     few = call.batch * _ceil(call.channels, 16) <= device.multiprocessors
-    if few or device.shared_bytes < 4 * _MEDIUM.shared_floats(10, False):
+    if few or not fits(_MEDIUM):
         return _FEW, best(2, 3, 4)
     return _MEDIUM, best(5, 6, 7, 8, 9, 10)
 

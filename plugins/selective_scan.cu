@@ -64,6 +64,7 @@ cudaError_t step(const MambaSelectiveScan& a, cudaStream_t stream) {
 using FewChannels = Shape<2, 8, 64, 64, 1, 1, 8, 1, 4, 640, 1>;  // N up to 16, as are the next two
 using MediumChannels = Shape<2, 8, 32, 64, 2, 1, 8, 2, 10, 640, 1>;
 using ManyChannels = Shape<4, 4, 32, 32, 4, 1, 8, 4, 8, 256, 3>;
+using FewStates32 = Shape<2, 16, 64, 64, 1, 2, 8, 1, 3, 576, 1>;  // N up to 32, as is the next
 using States32 = Shape<4, 8, 16, 32, 2, 1, 8, 2, 8, 384, 2>;
 using States64 = Shape<4, 16, 16, 16, 1, 2, 8, 1, 4, 384, 2>;
 using States128 = Shape<4, 32, 16, 16, 1, 4, 8, 1, 2, 352, 2>;
@@ -78,7 +79,7 @@ struct Chunks {
 // How many chunks the workspace has room for, which a longer call never makes fewer: 1 where time is not cut.
 int64_t max_chunks(const MambaSelectiveScan& a) {
     const int64_t groups = a.batch * ceil_div(a.channels, 16);
-    if (a.length == 1 || a.state_size > 16 || groups > 36) return 1;
+    if (a.length == 1 || a.state_size > 32 || groups > 36) return 1;
     const int64_t count = std::min<int64_t>(396 / groups, a.length / 128);
     return count < 4 ? 1 : count;
 }
@@ -139,9 +140,8 @@ cudaError_t prompt(const MambaSelectiveScan& a, int quads, cudaStream_t stream) 
     return prompt<T, Sh>(a, plan<Sh>(a, {1, a.length}, quads, nullptr), stream);
 }
 
-template <typename T>
+template <typename T, typename Sh>
 cudaError_t chunked_prompt(const MambaSelectiveScan& a, const Chunks& chunks, void* workspace, cudaStream_t stream) {
-    using Sh = ManyChannels;
     if (workspace == nullptr) return cudaErrorInvalidValue;
     const PromptPlan p = plan<Sh>(a, chunks, 4, workspace);
     cudaError_t error = prompt<T, Sh, true>(a, p, stream);
@@ -168,22 +168,32 @@ int choose_quads(const MambaSelectiveScan& a, int multiprocessors, std::initiali
 
 template <typename T>
 cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t stream) {
+    const int N = a.state_size;
     const Chunks chunks = cut(a);
-    if (chunks.count > 1) return chunked_prompt<T>(a, chunks, workspace, stream);
-    if (a.state_size > 128) return prompt<T, States256>(a, 2, stream);
-    if (a.state_size > 64) return prompt<T, States128>(a, 2, stream);
-    if (a.state_size > 32) return prompt<T, States64>(a, 4, stream);
-    if (a.state_size > 16) return prompt<T, States32>(a, 8, stream);
+    if (chunks.count > 1) {
+        return N > 16 ? chunked_prompt<T, States32>(a, chunks, workspace, stream)
+                      : chunked_prompt<T, ManyChannels>(a, chunks, workspace, stream);
+    }
+    if (N > 128) return prompt<T, States256>(a, 2, stream);
+    if (N > 64) return prompt<T, States128>(a, 2, stream);
+    if (N > 32) return prompt<T, States64>(a, 4, stream);
     Device device;
     const cudaError_t error = device.read();
     if (error != cudaSuccess) return error;
     const int multiprocessors = device.multiprocessors;
+    const auto fits = [&](int shared_floats) { return 4 * shared_floats <= device.shared_bytes; };  // not all on Turing
+    if (N > 16) {
+        const bool few = a.batch * ceil_div(a.channels, 12) <= multiprocessors;
+        if (few && fits(PromptShared<FewStates32>::floats(3, false))) {
+            return prompt<T, FewStates32>(a, choose_quads(a, multiprocessors, {2, 3}), stream);
+        }
+        return prompt<T, States32>(a, choose_quads(a, multiprocessors, {4, 6, 8}), stream);
+    }
     if (int64_t{a.batch} * a.channels >= 64 * multiprocessors) {
         return prompt<T, ManyChannels>(a, choose_quads(a, multiprocessors, {4, 6, 8}), stream);
     }
     const bool few = a.batch * ceil_div(a.channels, 16) <= multiprocessors;
-    // Turing has no room for MediumChannels.
-    if (few || device.shared_bytes < 4 * PromptShared<MediumChannels>::floats(10, false)) {
+    if (few || !fits(PromptShared<MediumChannels>::floats(10, false))) {
         return prompt<T, FewChannels>(a, choose_quads(a, multiprocessors, {2, 3, 4}), stream);
     }
     return prompt<T, MediumChannels>(a, choose_quads(a, multiprocessors, {5, 6, 7, 8, 9, 10}), stream);

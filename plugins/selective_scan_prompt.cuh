@@ -14,7 +14,7 @@
 //    halves, so that each ends with tokens of its own; this is done while the next tokens are computed.
 // One barrier a tile. Tokens past a row's end are staged as delta = 0, B = C = 0: they leave the state as it is.
 //
-// For rows with few channels time is cut into chunks all the same (N up to 16): what each chunk but the last makes of a
+// For rows with few channels time is cut into chunks all the same (N up to 32): what each chunk but the last makes of a
 // state of zero, and its sum of delta, from which pass_kernel() makes the state every chunk starts from; then as above.
 // Only pass_kernel() reads ssm_state then, and only the chunk with a row's last token writes ssm_state_out.
 #pragma once
@@ -553,7 +553,8 @@ __device__ __forceinline__ void run_scanner(const MambaSelectiveScan& a, const P
 // What moves element by element, or in float32, needs more registers.
 template <typename T, typename Sh, bool kVectors, bool kSummary>
 constexpr int kResidentBlocks =
-    kVectors && !kSummary && sizeof(T) == 2 ? Sh::kBlocks : Sh::kBlocks > 1 ? Sh::kBlocks - 1 : 1;
+    kVectors && !kSummary && sizeof(T) == 2 ? resident_blocks(Sh::kBlocks, Sh::kBlocks < 2 ? 1 : 2)
+                                            : Sh::kBlocks > 1 ? Sh::kBlocks - 1 : 1;
 
 // kVectors: p.vectors is set.
 template <typename T, typename Sh, bool kVectors, bool kSummary>

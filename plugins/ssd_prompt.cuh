@@ -387,7 +387,7 @@ struct Channels {
 
 // OUTPUT: y and the state of the last token; else what a segment adds to a state of zero.
 template <typename T, int NT, bool OUTPUT>
-__global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : 2)
+__global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : resident_blocks(2, 1))
     chunk_kernel(const MambaSsdScan a, const Segments segments, const Layout layout) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     using Warps = ChunkWarps<NT, OUTPUT>;

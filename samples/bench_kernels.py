@@ -195,7 +195,10 @@ def _cases(kernels: Kernels, peers: Peers) -> Iterator[Case]:
                 yield _selective(kernels, peers, batch, length, channels, 16)
     yield _selective(kernels, peers, 1, 2048, 1537, 16)
     yield _selective(kernels, peers, 8, 2048, 1537, 16)
-    yield _selective(kernels, peers, 1, 2048, 1536, 17)
+    yield _selective(kernels, peers, 1, 2048, 512, 16)  # in chunks
+    for batch, channels in ((1, 512), (1, 1536), (8, 1536), (1, 5120)):
+        yield _selective(kernels, peers, batch, 2048, channels, 17)
+    yield _selective(kernels, peers, 1, 2048, 1536, 32)
     for length in (2048, 16384):
         yield _ssd(kernels, peers, 1, length, 128, 64, 128)
     yield _ssd(kernels, peers, 1, 2048, 24, 64, 128)

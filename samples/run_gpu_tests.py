@@ -40,9 +40,10 @@ SMALL = "not graph and not more_rows and not long_prompt"
 @click.command()
 @click.option("--sanitizer", default="compute-sanitizer", show_default=True, help="The program; empty to leave it out.")
 @click.option("--engines", metavar="PYTHON", help=f"Run {' and '.join(ENGINES)} alone, by this Python.")
+@click.option("--only", default="", help="Files whose name contains this.")
 @click.option("--at-once", default=4, show_default=True, help="Files that run side by side.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write the results as JSON, or into what is there.")
-def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) -> None:
+def main(sanitizer: str, engines: str | None, only: str, at_once: int, write: Path | None) -> None:
     """Run, print, and write the results; exit with 1 where a test failed."""
     jobs: list[tuple[str, str, list[str]]] = []  # file, tool, the Python that runs it
     last: list[tuple[str, str, list[str]]] = []
@@ -63,7 +64,8 @@ def main(sanitizer: str, engines: str | None, at_once: int, write: Path | None) 
     failed = False
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(at_once) as pool:
         for part in (jobs, last):
-            for rows in pool.map(lambda job: _run(*job, Path(scratch)), part):
+            chosen = [job for job in part if only in job[0]]
+            for rows in pool.map(lambda job: _run(*job, Path(scratch)), chosen):
                 for row in rows:
                     click.echo(f"{row['name']}: {row['value']} {row['unit']} {row['note']}")
                 failed |= any("FAILED" in row["note"] for row in rows)

@@ -54,6 +54,7 @@ def _sample(name: str) -> Callable[[Path], Path]:
 
 
 MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {  # what makes the checkpoint, and the dtype of the export
+    "all-logits-fp16": (_sample("tiny-mamba2"), "float16"),
     "tiny-mamba-fp32": (_sample("tiny-mamba"), "float32"),
     "tiny-mamba-fp16": (_sample("tiny-mamba"), "float16"),
     "tiny-mamba2-fp32": (_sample("tiny-mamba2"), "float32"),
@@ -77,7 +78,8 @@ def make(out: Path, name: str) -> None:
 
     checkpoint, dtype = MODELS[name]
     with tempfile.TemporaryDirectory() as scratch:
-        export(checkpoint(Path(scratch)), out / name, dtype=dtype)  # type: ignore[arg-type]
+        all_logits = name.startswith("all-logits")
+        export(checkpoint(Path(scratch)), out / name, dtype=dtype, all_logits=all_logits)  # type: ignore[arg-type]
     if name.startswith("tiny") and dtype == "float32" and not (out / f"{name}.greedy.npy").exists():
         with Session.open(out / name, "torch") as session:
             tokens = [token.id for token in session.generate(GREEDY_PROMPT, max_tokens=GREEDY_TOKENS)]

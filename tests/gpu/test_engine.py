@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def test_agrees_with_pytorch(opened: Callable[..., Any], built: Any, record_prop
     record_property(f"engine/{name}/build [s]", facts["build_seconds"])
     record_property(f"engine/{name}/size [share of the weights]", (engine + bound) / weights)
     assert report.passed, report.table()
+    if name in LARGE:
+        assert engine + bound <= 1.2 * weights
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if name.endswith("fp32")])
@@ -415,6 +418,21 @@ def test_no_torch_in_the_process_and_little_host_memory(built: Any, record_prope
     record_property("engine/mamba-130m-fp16/host_memory_at_opening [share of the weights]", grown / weights)
     assert count == 5
     assert grown < 1.3 * weights
+
+
+@pytest.mark.alone
+def test_a_build_from_the_timing_cache(
+    built: Any, opened: Callable[..., Any], record_property: Record, tmp_path: Path
+) -> None:
+    from mamba_deploy import Session
+    from mamba_deploy.exporters.engine_build import build_engine
+
+    name = "mamba-130m-fp16"
+    first = opened(name)  # so that its timings are there
+    again = build_engine(shutil.copytree(built(name).path, tmp_path / name), say=print)
+    record_property(f"engine/{name}/build_from_cache [s]", again.engine("tensorrt")["build_seconds"])
+    with Session.open(again.path, "tensorrt") as session:
+        close(session.prefill([[1, 2, 3]]), first.prefill([[1, 2, 3]]), "the same engine", 1e-2)
 
 
 @pytest.mark.alone

@@ -70,6 +70,7 @@ CASES: list[dict[str, Any]] = [
     *(CHUNKED | {"L": n} for n in (512, 513, 1056, 1057)),
     *(CHUNKED | {"D": n} for n in (1, 7, 33)),
     CHUNKED | {"N": 5},
+    *(CHUNKED | {"N": n} for n in (17, 32)),
     *(CHUNKED | {"T": T, "S": T} for T in (F16, BF16)),
     CHUNKED | {"softplus": False, "gate": False, "skip": False, "bias": False},
     CHUNKED | {"B": 7, "D": 16, "seq_lens": [0, 1100, 1, 160, 161, 320, 700]},
@@ -77,6 +78,9 @@ CASES: list[dict[str, Any]] = [
     *({"N": n, "L": 70} for n in (17, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 200, 256)),
     *({"N": n, "L": 70, "T": BF16} for n in (24, 64, 128, 250)),
     *({"N": n, "D": 7, "L": 20} for n in (20, 64, 128, 256)),
+    *(sizes | {"N": 24, "T": BF16} for sizes in (FEW, MEDIUM, MANY)),
+    *(sizes | {"N": 17} for sizes in (FEW | {"D": 1021}, MEDIUM, MANY)),
+    MANY | {"N": 32, "seq_lens": [0, 65, 31]},
     *({"N": n, "B": 6, "seq_lens": RAGGED} for n in (20, 40, 80, 160)),
 ]
 
@@ -170,7 +174,9 @@ def test_more_rows_than_a_grid_is_high(L: int) -> None:
     check(picked, y[rows], state_out[rows])
 
 
-@pytest.mark.parametrize("case", [{"L": 1}, {"L": 1, "N": 5}, {}, {"N": 20}, MEDIUM, MANY, CHUNKED], ids=str)
+@pytest.mark.parametrize(
+    "case", [{"L": 1}, {"L": 1, "N": 5}, {}, {"N": 20}, MEDIUM, MANY, CHUNKED, MANY | {"N": 20}], ids=str
+)
 def test_a_graph_replays_bit_identical(case: dict) -> None:
     args, sizes = arguments(**case | {"T": BF16})
     Call("selective_scan", args, sizes).check_graph()
