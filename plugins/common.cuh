@@ -10,15 +10,15 @@
 
 namespace mamba {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr bool kOnHopper = false;
+#else
+constexpr bool kOnHopper = true;
+#endif
+
 // How many blocks of a kernel may share a multiprocessor, for the compiler to give registers out by: as measured on
 // Hopper; `elsewhere` what compiles without spills.
-constexpr int resident_blocks(int on_hopper, int elsewhere) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-    return elsewhere;
-#else
-    return on_hopper;
-#endif
-}
+constexpr int resident_blocks(int on_hopper, int elsewhere) { return kOnHopper ? on_hopper : elsewhere; }
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }

@@ -130,6 +130,9 @@ class _PromptPlan(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("quads", "groups", "scanners", "stagers", "chunks", "chunk_length")),
         ("vectors", ctypes.c_bool),
+        ("states", c_int32),
+        ("B", c_void_p),
+        ("C", c_void_p),
         ("chunk_states", c_void_p),
         ("chunk_steps", c_void_p),
     ]
@@ -143,22 +146,42 @@ def _scan_room(call: Any) -> int:
     return 1 if count < 4 else count
 
 
-def _scan_workspace(call: Any) -> int:
+def _chunk_floats(call: Any) -> int:
     room = _scan_room(call)
-    return 0 if room == 1 else call.batch * room * call.channels * (call.state_size + 1)
+    return 0 if room == 1 else _ceil(call.batch * room * call.channels * (call.state_size + 1), 64) * 64
+
+
+def _padded_floats(call: Any) -> int:
+    if call.state_size % 8 == 0 or call.channels % 4 != 0 or call.length < 128:
+        return 0
+    return _ceil(call.batch * call.length * _ceil(call.state_size, 8) * 8 * _BYTES[call.dtype], 256) * 64
+
+
+def _scan_workspace(call: Any) -> int:
+    return _chunk_floats(call) + 2 * _padded_floats(call)
 
 
 def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
-    room = _scan_room(call)
+    room, floats = _scan_room(call), _padded_floats(call)
+    before, states = [], (call.state_size, call.B, call.C)
+    if workspace and floats:
+        N, to_N, rows = call.state_size, _ceil(call.state_size, 8) * 8, call.batch * call.length
+        start = workspace + 4 * _chunk_floats(call)
+        states = (to_N, start, start + 4 * floats)
+        item = _BYTES[call.dtype]
+        for source, copy in zip((call.B, call.C), states[1:], strict=True):
+            before.append(_pad_launch(_Copy(source, copy, rows, (1, N), (1, to_N), item)))
     if room > 1:
         length = _ceil(_ceil(call.length, room), 32) * 32
         shape = _STATES_32 if call.state_size > 16 else _MANY
-        plan = _scan_plan(call, shape, 4, _ceil(call.length, length), length, workspace)
+        plan = _scan_plan(call, shape, 4, _ceil(call.length, length), length, workspace, states)
         elements = call.batch * call.channels * call.state_size
         passing = Launch(_PROMPT, "mamba::scan::pass_kernel", (_ceil(elements, 128),), (128,), 0, (call, plan))
-        return [_scan_launch(call, shape, plan, summary=True), passing, _scan_launch(call, shape, plan, summary=False)]
+        chunked = [_scan_launch(call, shape, plan, summary=summary) for summary in (True, False)]
+        return [*before, chunked[0], passing, chunked[1]]
     shape, quads = _scan_shape(call, device)
-    return [_scan_launch(call, shape, _scan_plan(call, shape, quads, 1, call.length, 0), summary=False)]
+    plan = _scan_plan(call, shape, quads, 1, call.length, 0, states)
+    return [*before, _scan_launch(call, shape, plan, summary=False)]
 
 
 def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
@@ -185,17 +208,21 @@ def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
     return _MEDIUM, best(5, 6, 7, 8, 9, 10)
 
 
-def _scan_plan(call: Any, shape: _Shape, quads: int, chunks: int, chunk_length: int, workspace: int) -> _PromptPlan:
+def _scan_plan(
+    call: Any, shape: _Shape, quads: int, chunks: int, chunk_length: int, workspace: int, states: tuple[int, int, int]
+) -> _PromptPlan:
+    """``states``: values of a row of B and of C, and where the two are."""
     stagers = max(
         _ceil(shape.step * quads, 32 * shape.items),
         _ceil(shape.step * shape.states * shape.lanes // shape.wide, 32 * shape.packs),
     )
-    vectors = call.channels % 4 == 0 and call.state_size % shape.wide == 0 and _aligned(call, "B C", 16)
+    count, B, C = states
+    vectors = call.channels % 4 == 0 and count % shape.wide == 0 and B % 16 == C % 16 == 0
     vectors = vectors and _aligned(call, "x dt z y", 4 * _BYTES[call.dtype])
-    steps = workspace + (4 * call.batch * chunks * call.channels * call.state_size if chunks > 1 else 0)
+    steps = workspace + 4 * call.batch * chunks * call.channels * call.state_size if chunks > 1 else None
     return _PromptPlan(
         quads, _ceil(call.channels, 4 * quads), 4 * quads * shape.lanes // 32, stagers, chunks, chunk_length, vectors,
-        workspace or None, steps or None,
+        count, B, C, workspace or None, steps,
     )  # fmt: skip
 
 
@@ -375,7 +402,7 @@ def _pad_launch(copy: _Copy) -> Launch:
     rows = copy.matrices * to_rows
     resize = _Resize(copy.source, copy.target, rows, from_rows, from_cols, to_rows, to_cols)
     grid = (min(_ceil(rows, max(1024 // to_cols, 1)), 2**31 - 1),)
-    return Launch("ssd_pad.cuh", _kernel("ssd", "pad_kernel", _WORDS[word]), grid, (256,), 0, (resize,))
+    return Launch("pad.cuh", _kernel("pad", "pad_kernel", _WORDS[word]), grid, (256,), 0, (resize,))
 
 
 def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:

@@ -1,9 +1,11 @@
 // MambaSelectiveScan: which kernel takes a call, how it is cut into blocks, and its workspace.
 //
-// One token: selective_scan_step.cuh. More: selective_scan_prompt.cuh.
+// One token: selective_scan_step.cuh. More: selective_scan_prompt.cuh, which is fast where it may read eight states at once:
+// so B and C of a long prompt with another N are first copied into rows padded by pad.cuh.
 #include <algorithm>
 #include <climits>
 
+#include "pad.cuh"
 #include "selective_scan_prompt.cuh"
 #include "selective_scan_step.cuh"
 
@@ -92,9 +94,39 @@ Chunks cut(const MambaSelectiveScan& a) {
     return {static_cast<int>(ceil_div(a.length, length)), static_cast<int>(length)};
 }
 
+// Floats of the workspace that chunks may take.
+int64_t chunk_floats(const MambaSelectiveScan& a) {
+    const int64_t chunks = max_chunks(a);
+    return chunks == 1 ? 0 : ceil_div(a.batch * chunks * a.channels * (a.state_size + 1), 64) * 64;
+}
+
+// Likewise a padded copy of B, or of C; 0 where none is made.
+int64_t padded_floats(const MambaSelectiveScan& a) {
+    if (a.state_size % 8 == 0 || a.channels % 4 != 0 || a.length < pad::kPadTokens) return 0;
+    const int64_t values = int64_t{a.batch} * a.length * pad::padded(a.state_size);
+    return ceil_div(values * (a.dtype == MAMBA_FLOAT32 ? 4 : 2), 256) * 64;
+}
+
+// Copies B and C to where they may be read in vectors, in the workspace behind what the chunks take.
+cudaError_t pad_states(const MambaSelectiveScan& a, PromptPlan* p, void* workspace, cudaStream_t stream) {
+    const int64_t floats = padded_floats(a);
+    if (workspace == nullptr || floats == 0) return cudaSuccess;
+    float* const start = static_cast<float*>(workspace) + chunk_floats(a);
+    p->states = pad::padded(a.state_size);
+    const int item_bytes = a.dtype == MAMBA_FLOAT32 ? 4 : 2;
+    const int64_t rows = int64_t{a.batch} * a.length;
+    const pad::Copy copies[] = {{a.B, start, rows, 1, a.state_size, 1, p->states, item_bytes},
+                                {a.C, start + floats, rows, 1, a.state_size, 1, p->states, item_bytes}};
+    p->B = start;
+    p->C = start + floats;
+    return pad::copy(copies, 2, stream);
+}
+
 template <typename Sh>
-PromptPlan plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, void* workspace) {
-    PromptPlan p{};
+cudaError_t plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, void* workspace, cudaStream_t stream,
+                 PromptPlan* made) {
+    PromptPlan& p = *made;
+    p = PromptPlan{};
     p.quads = quads;
     p.groups = static_cast<int>(ceil_div(a.channels, 4 * quads));
     p.scanners = 4 * quads / Sh::kWarpRows;
@@ -103,14 +135,19 @@ PromptPlan plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, vo
     p.chunks = chunks.count;
     p.chunk_length = chunks.length;
     const int item_bytes = a.dtype == MAMBA_FLOAT32 ? 4 : 2;
-    p.vectors = a.channels % 4 == 0 && a.state_size % Sh::kWide == 0 && is_aligned(a.B, 16) && is_aligned(a.C, 16);
+    p.states = a.state_size;
+    p.B = a.B;
+    p.C = a.C;
+    const cudaError_t error = pad_states(a, &p, workspace, stream);
+    p.vectors = a.channels % 4 == 0 && p.states % Sh::kWide == 0 && is_aligned(p.B, 16) && is_aligned(p.C, 16);
     for (const void* x : {a.x, a.dt, a.z, const_cast<const void*>(a.y)}) {
         p.vectors = p.vectors && is_aligned(x, 4 * item_bytes);
     }
-    p.chunk_states = static_cast<float*>(workspace);
-    p.chunk_steps = p.chunk_states;
-    if (chunks.count > 1) p.chunk_steps += int64_t{a.batch} * chunks.count * a.channels * a.state_size;
-    return p;
+    if (chunks.count > 1) {
+        p.chunk_states = static_cast<float*>(workspace);
+        p.chunk_steps = p.chunk_states + int64_t{a.batch} * chunks.count * a.channels * a.state_size;
+    }
+    return error;
 }
 
 template <typename T, typename Sh, bool kVectors, bool kSummary>
@@ -136,15 +173,18 @@ cudaError_t prompt(const MambaSelectiveScan& a, const PromptPlan& p, cudaStream_
 }
 
 template <typename T, typename Sh>
-cudaError_t prompt(const MambaSelectiveScan& a, int quads, cudaStream_t stream) {
-    return prompt<T, Sh>(a, plan<Sh>(a, {1, a.length}, quads, nullptr), stream);
+cudaError_t prompt(const MambaSelectiveScan& a, int quads, void* workspace, cudaStream_t stream) {
+    PromptPlan p;
+    const cudaError_t error = plan<Sh>(a, {1, a.length}, quads, workspace, stream, &p);
+    return error == cudaSuccess ? prompt<T, Sh>(a, p, stream) : error;
 }
 
 template <typename T, typename Sh>
 cudaError_t chunked_prompt(const MambaSelectiveScan& a, const Chunks& chunks, void* workspace, cudaStream_t stream) {
     if (workspace == nullptr) return cudaErrorInvalidValue;
-    const PromptPlan p = plan<Sh>(a, chunks, 4, workspace);
-    cudaError_t error = prompt<T, Sh, true>(a, p, stream);
+    PromptPlan p;
+    cudaError_t error = plan<Sh>(a, chunks, 4, workspace, stream, &p);
+    if (error == cudaSuccess) error = prompt<T, Sh, true>(a, p, stream);
     if (error != cudaSuccess) return error;
     const int64_t elements = int64_t{a.batch} * a.channels * a.state_size;
     pass_kernel<<<static_cast<unsigned>(ceil_div(elements, 128)), 128, 0, stream>>>(a, p);
@@ -174,9 +214,9 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
         return N > 16 ? chunked_prompt<T, States32>(a, chunks, workspace, stream)
                       : chunked_prompt<T, ManyChannels>(a, chunks, workspace, stream);
     }
-    if (N > 128) return prompt<T, States256>(a, 2, stream);
-    if (N > 64) return prompt<T, States128>(a, 2, stream);
-    if (N > 32) return prompt<T, States64>(a, 4, stream);
+    if (N > 128) return prompt<T, States256>(a, 2, workspace, stream);
+    if (N > 64) return prompt<T, States128>(a, 2, workspace, stream);
+    if (N > 32) return prompt<T, States64>(a, 4, workspace, stream);
     Device device;
     const cudaError_t error = device.read();
     if (error != cudaSuccess) return error;
@@ -185,18 +225,18 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
     if (N > 16) {
         const bool few = a.batch * ceil_div(a.channels, 12) <= multiprocessors;
         if (few && fits(PromptShared<FewStates32>::floats(3, false))) {
-            return prompt<T, FewStates32>(a, choose_quads(a, multiprocessors, {2, 3}), stream);
+            return prompt<T, FewStates32>(a, choose_quads(a, multiprocessors, {2, 3}), workspace, stream);
         }
-        return prompt<T, States32>(a, choose_quads(a, multiprocessors, {4, 6, 8}), stream);
+        return prompt<T, States32>(a, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
     }
     if (int64_t{a.batch} * a.channels >= 64 * multiprocessors) {
-        return prompt<T, ManyChannels>(a, choose_quads(a, multiprocessors, {4, 6, 8}), stream);
+        return prompt<T, ManyChannels>(a, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
     }
     const bool few = a.batch * ceil_div(a.channels, 16) <= multiprocessors;
     if (few || !fits(PromptShared<MediumChannels>::floats(10, false))) {
-        return prompt<T, FewChannels>(a, choose_quads(a, multiprocessors, {2, 3, 4}), stream);
+        return prompt<T, FewChannels>(a, choose_quads(a, multiprocessors, {2, 3, 4}), workspace, stream);
     }
-    return prompt<T, MediumChannels>(a, choose_quads(a, multiprocessors, {5, 6, 7, 8, 9, 10}), stream);
+    return prompt<T, MediumChannels>(a, choose_quads(a, multiprocessors, {5, 6, 7, 8, 9, 10}), workspace, stream);
 }
 
 template <typename T>
@@ -214,10 +254,7 @@ cudaError_t run(const MambaSelectiveScan& a, void* workspace, cudaStream_t strea
 extern "C" size_t mamba_selective_scan_workspace(const MambaSelectiveScan* call) {
     using namespace mamba::scan;
     if (!is_valid(*call)) return 0;
-    const int64_t chunks = max_chunks(*call);
-    if (chunks == 1) return 0;
-    const int64_t floats = call->batch * chunks * call->channels * (call->state_size + 1);
-    return mamba::workspace_bytes(floats);
+    return mamba::workspace_bytes(chunk_floats(*call) + 2 * padded_floats(*call));
 }
 
 extern "C" int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* stream) {

@@ -31,6 +31,8 @@ struct PromptPlan {
     int chunks;
     int chunk_length;  // tokens
     bool vectors;      // four channels, and a shape's WIDE states, may be moved at once
+    int states;        // values of a row of B and of C: N, or more, zeros, in padded copies
+    const void *B, *C;                    // [B, L, states]
     float* chunk_states;                  // [B, chunks, D, N]
     float* chunk_steps;                   // [B, chunks, D]: sums of delta
 };
@@ -206,7 +208,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
         Base::token, Base::quad, Base::left, Base::offset, Base::kNone;
     static constexpr int kItems = Sh::kItems, kPacks = Sh::kPacks, kStep = Sh::kStep, kWide = Sh::kWide;
 
-    int64_t next_states = this->at.first_token * this->a.state_size;
+    int64_t next_states = this->at.first_token * this->p.states;
     int pack_token[kPacks], pack_state[kPacks];  // a pack is kWide states of B and of C of a token
     Raw<T, 4, kVectors> dt[kItems], x[kItems];
     Raw<T, kWide, kVectors> B[kPacks], C[kPacks];
@@ -230,10 +232,10 @@ struct Stager : Items<T, Sh, Sh::kItems> {
         x[k].load(static_cast<const T*>(a.x) + next + offset[k], left[k], used);
     }
     __device__ __forceinline__ void load_pack(int k, int from) {
-        const int n = pack_state[k], own = pack_token[k] * a.state_size + n;
-        const bool used = from + pack_token[k] < at.used && n < a.state_size;
-        B[k].load(static_cast<const T*>(a.B) + next_states + own, a.state_size - n, used);
-        if (!kSummary) C[k].load(static_cast<const T*>(a.C) + next_states + own, a.state_size - n, used);
+        const int n = pack_state[k], own = pack_token[k] * p.states + n;
+        const bool used = from + pack_token[k] < at.used && n < p.states;
+        B[k].load(static_cast<const T*>(p.B) + next_states + own, p.states - n, used);
+        if (!kSummary) C[k].load(static_cast<const T*>(p.C) + next_states + own, p.states - n, used);
     }
 
     // Puts what was loaded of the step at `from` where token tile_token of a tile is in the buffers, and starts the loads
@@ -266,7 +268,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
                 }
             }
         }
-        next_states += static_cast<int64_t>(kStep) * a.state_size;
+        next_states += static_cast<int64_t>(kStep) * p.states;
         float delta[kItems][4], u[kItems][4];
 #pragma unroll
         for (int k = 0; k < kItems; k++) {
@@ -304,7 +306,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
         for (int k = 0; k < kPacks; k++) load_pack(k, 0);
 #pragma unroll
         for (int k = 0; k < kItems; k++) load_item(k, 0);
-        next_states += static_cast<int64_t>(kStep) * a.state_size;
+        next_states += static_cast<int64_t>(kStep) * p.states;
         next += step_elements;
         for (int i = 0; i < tiles; i++) {
 #pragma unroll 1

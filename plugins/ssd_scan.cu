@@ -1,12 +1,12 @@
 // MambaSsdScan: which kernel takes a call, and its workspace.
 //
 // One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
-// model: ssd_prompt.cuh, on the tensor cores. Longer ones of other sizes too, on copies padded by ssd_pad.cuh. What is
+// model: ssd_prompt.cuh, on the tensor cores. Longer ones of other sizes too, on copies padded by pad.cuh. What is
 // left, that is float32, older GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
 #include <algorithm>
 #include <climits>
 
-#include "ssd_pad.cuh"
+#include "pad.cuh"
 #include "ssd_prompt.cuh"
 #include "ssd_recurrent.cuh"
 #include "ssd_step.cuh"
@@ -17,7 +17,6 @@ namespace {
 
 constexpr int64_t kMaxLength = 1 << 20;
 constexpr int kFewTokens = 4;    // up to here one after the other is faster than in chunks
-constexpr int kPadTokens = 128;  // from here on padding costs less than it gains
 
 int64_t heads_of(const MambaSsdScan& a) { return static_cast<int64_t>(a.batch) * a.heads; }
 
@@ -200,28 +199,18 @@ cudaError_t recurrent(const MambaSsdScan& a, const Device& device, void* workspa
 
 // --- sizes that the tensor cores do not take
 
-int32_t padded(int32_t size) { return static_cast<int32_t>(ceil_div(size, 8) * 8); }
-
 bool is_padded(const MambaSsdScan& a) {
-    if (a.dtype == MAMBA_FLOAT32 || a.length < kPadTokens || (a.head_dim % 8 == 0 && a.state_size % 8 == 0)) return false;
+    if (a.dtype == MAMBA_FLOAT32 || a.length < pad::kPadTokens || (a.head_dim % 8 == 0 && a.state_size % 8 == 0)) return false;
     const int64_t P = ceil_div(a.head_dim, 8) * 8, N = ceil_div(a.state_size, 8) * 8;
     return std::max(a.heads * P, a.groups * N) <= INT_MAX;  // or prompt() would refuse
 }
-
-// To [count, to_rows, to_cols] from [count, from_rows, from_cols] of elements of so many bytes.
-struct Copy {
-    const void* from;
-    void* to;
-    int64_t count;
-    int32_t from_rows, from_cols, to_rows, to_cols, bytes;
-};
 
 // The call that the tensor cores run in place of one of other sizes, and the copies around it. Nothing else changes: what
 // B, C and the state have beyond N adds 0 to y, and channels beyond P, which see no other, are cut off. The state goes out
 // into the copy it came in from.
 struct Padding {
     MambaSsdScan call;
-    Copy before[5], after[2];
+    pad::Copy before[5], after[2];
     int befores = 0, afters = 0;
     uintptr_t end = 0;  // of the workspace
 };
@@ -237,8 +226,8 @@ Padding no_padding(const MambaSsdScan& a) {
 Padding make_padding(const MambaSsdScan& a, uintptr_t workspace) {
     Padding padding = no_padding(a);
     MambaSsdScan& to = padding.call;
-    to.head_dim = padded(a.head_dim);
-    to.state_size = padded(a.state_size);
+    to.head_dim = pad::padded(a.head_dim);
+    to.state_size = pad::padded(a.state_size);
     padding.end = workspace + 4 * floats_of_segments(to);
     const auto take = [&](int64_t count, int32_t rows, int32_t cols, int32_t bytes) {
         void* const taken = reinterpret_cast<void*>(padding.end);
@@ -275,32 +264,6 @@ Padding make_padding(const MambaSsdScan& a, uintptr_t workspace) {
     return padding;
 }
 
-template <typename Word>
-cudaError_t copy(const Copy& c, cudaStream_t stream) {
-    const int32_t words = static_cast<int32_t>(sizeof(Word)) / c.bytes;  // elements of one
-    const Resize resize = {
-        c.from, c.to, c.count * c.to_rows, c.from_rows, c.from_cols / words, c.to_rows, c.to_cols / words};
-    const int64_t blocks = std::min<int64_t>(ceil_div(resize.rows, rows_of_pad(resize.to_cols)), INT_MAX);
-    return launch(pad_kernel<Word>, dim3(static_cast<unsigned>(blocks)), kPadThreads, 0, stream, resize);
-}
-
-// In the widest words that rows on both sides are made of.
-cudaError_t copy(const Copy& c, cudaStream_t stream) {
-    const auto fits = [&](int32_t word) {
-        return int64_t{c.from_cols} * c.bytes % word == 0 && int64_t{c.to_cols} * c.bytes % word == 0 &&
-               mamba::is_aligned(c.from, word) && mamba::is_aligned(c.to, word);
-    };
-    if (fits(16)) return copy<uint4>(c, stream);
-    if (fits(8)) return copy<uint2>(c, stream);
-    return c.bytes == 4 || fits(4) ? copy<uint32_t>(c, stream) : copy<uint16_t>(c, stream);
-}
-
-cudaError_t copy(const Copy* copies, int count, cudaStream_t stream) {
-    cudaError_t error = cudaSuccess;
-    for (int i = 0; i < count && error == cudaSuccess; i++) error = copy(copies[i], stream);
-    return error;
-}
-
 // --- on the tensor cores
 
 // Whether code for the tensor cores is in the library, which may hold but PTX of an older architecture.
@@ -334,11 +297,11 @@ cudaError_t chunked(const Padding& padding, const Device& device, void* workspac
     const Kernel<Layout> states_kernel = {states, threads(ChunkWarps<NT, false>::kChannels),
                                           ChunkShared<NT, false>::bytes(layout.channels, layout.stages)};
     const Kernel<Layout> output_kernel = {output, threads(Warps::kChannels), shared};
-    cudaError_t error = copy(padding.before, padding.befores, stream);
+    cudaError_t error = pad::copy(padding.before, padding.befores, stream);
     if (error == cudaSuccess) {
         error = prompt(a, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
     }
-    return error == cudaSuccess ? copy(padding.after, padding.afters, stream) : error;
+    return error == cudaSuccess ? pad::copy(padding.after, padding.afters, stream) : error;
 }
 
 // Rows of x, y, B and C of a head begin at multiples of 16 bytes.
