@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir
 import onnxscript
@@ -71,8 +72,9 @@ def export_onnx(model: MambaModel, contract: Contract, path: Path, *, opset: int
     for value in list(program.model.graph.initializers.values()):
         value.name = str(value.name).removeprefix("model.")
     _store_transposed(program.model.graph)
-    # A low limit on what is folded, so that no weight is stored twice.
-    onnxscript.optimizer.optimize(program.model, input_size_limit=16)
+    _optimize(program.model)
+    _keep_leading_axes(program.model.graph)
+    common.RemoveUnusedNodesPass()(program.model)
     common.ClearMetadataAndDocStringPass()(program.model)  # the exporter's stack traces
     _name_layers(program.model.graph, model.config)
     for body in function_bodies(model.config, contract, opset):
@@ -168,6 +170,45 @@ def _store_transposed(graph: onnx_ir.Graph) -> None:
 
 def _transposed(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
     return onnx_ir.tensor(tensor.raw.detach().t().contiguous())
+
+
+def _optimize(model: onnx_ir.Model) -> None:
+    """Fold and simplify, but no weights: they would be stored twice, or become one where small ones are equal."""
+    weights = [(value, value.const_value) for value in model.graph.initializers.values()]
+    for value, _ in weights:
+        value.const_value = None
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of every one of them
+    try:
+        onnxscript.optimizer.optimize(model, input_size_limit=16)
+    finally:
+        logger.setLevel(level)
+    for value, tensor in weights:
+        value.const_value = tensor
+
+
+def _keep_leading_axes(graph: onnx_ir.Graph) -> None:
+    """Where a Reshape leaves the first axes as they are, say so with zeros instead of computing their sizes.
+
+    TensorRT 8.6 does not find the rank of what follows a computed shape.
+    """
+    for node in graph:
+        if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if node.inputs[1].const_value is not None or before is None or after is None:
+            continue
+        kept = 0
+        while kept < min(len(before), len(after)) and before[kept] == after[kept]:
+            kept += 1
+        sizes = [0] * kept + [size for size in after[kept:] if isinstance(size, int)]
+        if len(sizes) < len(after):
+            raise ExportError(f"{node.name} reshapes {before} to {after}, whose sizes are not known")
+        shape = onnx_ir.Value(name=f"{node.name}_shape", const_value=onnx_ir.tensor(np.array(sizes, np.int64)))
+        graph.register_initializer(shape)
+        node.replace_input_with(1, shape)
+        node.attributes.pop("allowzero", None)
 
 
 def _name_layers(graph: onnx_ir.Graph, config: MambaConfig) -> None:

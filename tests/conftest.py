@@ -26,6 +26,14 @@ def _kinds() -> dict[str, Callable[[Path], tuple[Path, Any]]]:
     def native(**options: Any) -> Callable[[Path], tuple[Path, None]]:  # what transformers has not
         return lambda path: (c.native_mamba2(path, n_layer=1, **options)[0], None)
 
+    def untrained(path: Path) -> tuple[Path, Any]:  # its norms and skips are all 1
+        directory, model = c.hugging_face(path, "mamba2")
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+                parameter.data.fill_(1)
+        model.save_pretrained(directory)
+        return directory, model
+
     one = {"num_hidden_layers": 1}
     return {
         "mamba": lambda p: c.state_spaces(p, "mamba"),  # two layers, tied, a padded vocabulary
@@ -42,6 +50,7 @@ def _kinds() -> dict[str, Callable[[Path], tuple[Path, Any]]]:
         "mamba2-projection-bias": lambda p: c.hugging_face(p, "mamba2", use_bias=True, **one),
         "mamba2-dt-limits": lambda p: c.hugging_face(p, "mamba2", time_step_limit=(0.1, 0.4), **one),
         "codestral-groups-8": lambda p: c.codestral(p, n_groups=8, hidden_size=256, **one),
+        "mamba2-untrained": untrained,
         "mamba2-mlp-part": native(d_ssm=16),
         "mamba2-skip-per-channel": native(D_has_hdim=True),
         "mamba2-norm-before-gate": native(norm_before_gate=True, ngroups=2),

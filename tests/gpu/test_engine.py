@@ -114,8 +114,8 @@ def test_agrees_with_pytorch(opened: Callable[..., Any], built: Any, record_prop
     facts, files = bundle.engine("tensorrt"), bundle.manifest["files"]
     engine, weights = files[ENGINES["tensorrt"]]["bytes"], files[WEIGHTS]["bytes"]
     bound = sum(length for _, length in facts["weights"].values())
-    record_property(f"engine/{name}/worst_error [relative]", max(check.error for check in report.checks))
-    record_property(f"engine/{name}/allowed_error [relative]", report.checks[0].tolerance)
+    record_property(f"engine/{name}/worst_error [relative]", float(max(check.error for check in report.checks)))
+    record_property(f"engine/{name}/allowed_error [relative]", float(report.checks[0].tolerance))
     record_property(f"engine/{name}/build [s]", facts["build_seconds"])
     record_property(f"engine/{name}/size [share of the weights]", (engine + bound) / weights)
     assert report.passed, report.table()
@@ -144,7 +144,7 @@ def test_bits_per_byte_of_held_out_text(opened: Callable[..., Any], record_prope
         bits += (logits.max() + np.log(np.exp(logits - logits.max()).sum()) - logits[byte]) / np.log(2)
         logits = session.step([byte])[0].astype(np.float64)
     difference = bits / len(content) - recorded["modules"]["json/scanner.py"]["bits_per_byte"]
-    record_property(f"engine/{name}/bits_per_byte_less_pytorch [bits]", difference)
+    record_property(f"engine/{name}/bits_per_byte_less_pytorch [bits]", float(difference))
     assert abs(difference) <= (0.001 if name.endswith("fp32") else 0.005)
 
 
