@@ -7,6 +7,7 @@ tracebacks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -69,7 +70,7 @@ def _terminated(number: int, frame: Any) -> None:
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mamba-deploy")
 def main() -> None:
-    """Put Mamba and Mamba-2 models on devices: export, verify, generate."""
+    """Put Mamba and Mamba-2 models on devices: export, verify, generate, bench."""
 
 
 def _backend_option(default: str = "onnxruntime") -> Callable[..., Any]:
@@ -442,6 +443,83 @@ def _report(statistics: Statistics, as_json: bool) -> None:
         f"({statistics.prompt_tokens_per_second:.1f} tokens/s); "
         f"generated: {statistics.generated_tokens} tokens, {statistics.decode_tokens_per_second:.1f} tokens/s"
     )
+
+
+# --- bench --------------------------------------------------------------------------------------------------------
+
+
+class _Counts(click.ParamType):
+    """``1,8,64``: numbers, 1 or above, each once."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
+        """Read it, or name the part that is wrong."""
+        if isinstance(value, tuple):
+            return value
+        for part in value.split(","):
+            if not part.strip().isdecimal() or int(part) < 1:
+                self.fail(f"{part.strip()!r} in {value!r} is not a number, 1 or above", parameter, context)
+        return tuple(dict.fromkeys(int(part) for part in value.split(",")))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@_backend_option()
+@_provider_option
+@click.option("--batch", "batches", type=_Counts(), default="1,8", show_default=True, help="Rows of decode steps.")
+@click.option("--prompt", "prompts", type=_Counts(), default="1,128,2048", show_default=True, help="Tokens of prompts.")
+@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Of each figure of decode.")
+@click.option(
+    "--seconds", type=float, default=5.0, show_default=True,
+    help="Of each figure; then it has to do with fewer steps, but 5 samples at least.",
+)  # fmt: skip
+@click.option(
+    "--tflops", type=float, metavar="X",
+    help="1e12 operations a second that matrix products of this dtype reach on this machine, for the limit of prompts; "
+    "it cannot be measured without a library for them. Without it the limit is that of the bytes.",
+)  # fmt: skip
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw it as an SVG or PNG file.")
+@_threads_option
+@_json_option
+def bench(
+    out: Path,
+    backend: str,
+    provider: str,
+    plot_file: Path | None,
+    threads: int | None,
+    as_json: bool,
+    **measured: Any,
+) -> None:
+    """Measure the bundle OUT: decode by rows, prompts by tokens, beside the least time that their bytes take.
+
+    For decode it prints the time of the bare CUDA graph where there is one, of generate, and of a step whose logits
+    come to the host; for a prompt the time to its first token. The bandwidth is that of a copy, in the same run.
+    """
+    from mamba_deploy.bundle import ENGINES, Bundle
+    from mamba_deploy.runtime.bench import Plan, check_plot, engine_facts, plot
+    from mamba_deploy.runtime.bench import bench as run
+    from mamba_deploy.runtime.device import Device
+
+    _check_provider(backend, provider)
+    plan = Plan(**measured)
+    if plot_file is not None:
+        check_plot(plot_file)
+    bundle = Bundle.open(out)
+    engine = engine_facts(bundle, backend) if backend in ENGINES else None
+    on_gpu = engine is not None or provider == "cuda"
+    with contextlib.closing(Device()) if on_gpu else contextlib.nullcontext() as device:
+        report = run(
+            lambda: _open(out, backend, provider, threads),
+            plan, device=device, threads=threads, engine=engine, say=_say,
+        )  # fmt: skip
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        click.echo(report.table())
+    if plot_file is not None:
+        plot(report, plot_file)
+        _say(f"wrote {plot_file}")
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ context is used, which TensorRT and other libraries share.
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -18,6 +20,8 @@ from mamba_deploy.errors import EngineError, MissingDependencyError, require
 __all__ = ["ALIGNMENT", "Device", "Graph", "Memory", "View", "aligned"]
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
+_COPY_BYTES = 2 << 30  # of a copy that is timed, at most: far more than any cache holds
+_COPIES_WARM, _COPIES = 20, 9  # clocks of a GPU that was idle rise slowly
 _TYPESTRS = {"float32": "<f4", "float64": "<f8", "int32": "<i4"}
 
 
@@ -59,8 +63,9 @@ class Memory:
 class Graph:
     """Work that was captured once and is launched as a whole."""
 
-    def __init__(self, bindings: Any, executable: Any, stream: int) -> None:
+    def __init__(self, bindings: Any, executable: Any, stream: int, kernels: int) -> None:
         self._bindings, self._executable, self._stream = bindings, executable, stream
+        self.kernels = kernels  # that a launch runs
 
     def launch(self) -> None:
         """Enqueue it on the stream it was captured from.
@@ -112,6 +117,7 @@ class Device:
             ) from error
         self.name: str = device.name()
         self.architecture = "".join(str(part) for part in device.compute_capability())
+        self.l2_bytes = int(device.get_attribute(self._cuda.device_attribute.L2_CACHE_SIZE))
         with self:
             self._stream = self._cuda.Stream()
 
@@ -227,6 +233,36 @@ class Device:
         except self._cuda.Error as error:
             raise EngineError(f"work on the GPU failed: {error}") from error
 
+    def elapsed(self, enqueue: Callable[[], None]) -> float:
+        """Seconds that the device takes for what a function enqueues, from the end of what was enqueued before.
+
+        Raises:
+            EngineError: Something of it failed.
+        """
+        start, end = self._cuda.Event(), self._cuda.Event()
+        start.record(self._stream)
+        enqueue()
+        end.record(self._stream)
+        self.wait(end)
+        return float(start.time_till(end)) / 1000
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second of a copy within the device, counted as read and as written; the median of several copies.
+
+        Raises:
+            EngineError: There is no memory for it.
+        """
+        places = []
+        with self, contextlib.ExitStack() as stack:
+            nbytes = aligned(min(_COPY_BYTES, self.free_bytes() // 4))
+            for _ in range(2):
+                memory = self.allocate(nbytes, "a copy that is timed")
+                stack.callback(memory.free)
+                places.append(memory.address)
+            to, source = places
+            times = [self.elapsed(lambda: self.copy(to, source, nbytes)) for _ in range(_COPIES_WARM + _COPIES)]
+        return 2 * nbytes / statistics.median(times[_COPIES_WARM:])
+
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """What a function enqueues on the stream, as a graph; it is not run.
 
@@ -242,10 +278,27 @@ class Device:
             ended = driver.cuStreamEndCapture(self.stream)
         graph = _answer(driver, ended, "capture a CUDA graph")
         try:
+            kernels = _kernels(driver, graph)
             executable = _answer(driver, driver.cuGraphInstantiate(graph, 0), "instantiate a CUDA graph")
         finally:
             driver.cuGraphDestroy(graph)
-        return Graph(driver, executable, self.stream)
+        return Graph(driver, executable, self.stream, kernels)
+
+
+def _kernels(driver: Any, graph: Any) -> int:
+    """Kernels of a graph, and of the graphs within it."""
+    what, kinds = "list the nodes of a CUDA graph", driver.CUgraphNodeType
+    counted = driver.cuGraphGetNodes(graph)  # the result, no nodes, their number
+    _answer(driver, counted, what)
+    nodes = _answer(driver, driver.cuGraphGetNodes(graph, counted[2]), what) if counted[2] else []
+    count = 0
+    for node in nodes:
+        kind = _answer(driver, driver.cuGraphNodeGetType(node), what)
+        if kind == kinds.CU_GRAPH_NODE_TYPE_KERNEL:
+            count += 1
+        elif kind == kinds.CU_GRAPH_NODE_TYPE_GRAPH:
+            count += _kernels(driver, _answer(driver, driver.cuGraphChildGraphNodeGetGraph(node), what))
+    return count
 
 
 def _answer(driver: Any, answer: tuple[Any, ...], what: str) -> Any:

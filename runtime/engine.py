@@ -20,7 +20,7 @@ from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle
 from mamba_deploy.contract import Contract, numpy_dtype, to_float32
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
-from mamba_deploy.runtime.ahead import LOG_STEPS, Ahead
+from mamba_deploy.runtime.ahead import BLOCK, LOG_STEPS, Ahead
 from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View, aligned
 from mamba_deploy.runtime.gpu_state import GpuState, state_bytes
 from mamba_deploy.runtime.sampling import Sampling
@@ -45,6 +45,8 @@ class MarkedEngine(NamedTuple):
 
 class TensorRTBackend:
     """See :class:`mamba_deploy.runtime.backend.Backend`."""
+
+    steps_ahead = BLOCK  # of :meth:`decode_ahead`, that are enqueued at once
 
     def __init__(
         self,
@@ -294,6 +296,48 @@ class TensorRTBackend:
         self.device.synchronize()
         logits = self._host_logits[:batch].copy()
         return logits[:, None] if self._contract.all_logits else logits
+
+    # --- for bench ------------------------------------------------------------------------------------------------
+
+    def kernels_a_step(self, state: GpuState) -> int | None:
+        """Kernels in the CUDA graph of one token a row; None without graphs. The state is left as it is."""
+        with self.device:
+            state.check()
+            graph = self._step_graph(state)
+        return None if graph is None else graph.kernels
+
+    def time_replays(self, tokens: NDArray[np.int32], count: int, state: GpuState) -> float | None:
+        """Seconds of the GPU's time for ``count`` steps that read the same tokens: the bare graph, no logits copied.
+
+        One more step is enqueued before them, so that the GPU has work while the host enqueues the first.
+
+        Args:
+            tokens: [B] int32.
+            count: Steps that are timed.
+            state: Of B rows; it is advanced.
+
+        Returns:
+            None without graphs.
+
+        Raises:
+            EngineError: The GPU failed, or the state is lost.
+        """
+        with self.device as device:
+            state.check()
+            graph = self._step_graph(state)
+            if graph is None:
+                return None
+
+            def replay() -> None:
+                for _ in range(count):
+                    graph.launch()
+
+            state.is_lost = True  # until all of it is done
+            self._load(tokens, np.ones(state.batch, np.int32))
+            graph.launch()
+            seconds = device.elapsed(replay)
+            state.since, state.is_lost = None, False
+            return seconds
 
     # --- running ahead --------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import onnxruntime
 from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle, add_engine
 from mamba_deploy.contract import TensorSpec, numpy_dtype
 from mamba_deploy.errors import EngineError
+from mamba_deploy.runtime.device import Device
 from mamba_deploy.runtime.sampling import Sampling, _filtered
 
 POISON = 0xCB  # what fresh memory holds
@@ -37,6 +38,7 @@ class FakeMemory:
 class FakeGraph:
     def __init__(self, device: FakeDevice, work: list[Callable[[], None]]) -> None:
         self.device, self.work, self.launches = device, work, 0
+        self.kernels = len(work)
 
     def launch(self) -> None:
         assert self.work is not None, "a graph was launched after it was given back"
@@ -51,6 +53,8 @@ class FakeDevice:
     """In place of :class:`mamba_deploy.runtime.device.Device`."""
 
     name, architecture, stream = "Fake GPU", "00", 77
+    l2_bytes = 1 << 10
+    token_seconds, bandwidth = 1e-3, 1e12  # of the engine, a token of all rows; of copies, read and written
 
     def __init__(self, *, total: int = 1 << 30, can_capture: bool = True) -> None:
         self.total, self.can_capture = total, can_capture
@@ -59,6 +63,7 @@ class FakeDevice:
         self.captured: list[Callable[[], None]] | None = None
         self.next_address = 1 << 20
         self.depth = self.graphs = 0
+        self.now = 0.0  # seconds of work that was done
         self.is_closed = False
         self.thread = threading.get_ident()
         self.on_wait: Callable[[], None] = lambda: None
@@ -115,11 +120,20 @@ class FakeDevice:
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         there, here = self.at(to, nbytes), self.at(source, nbytes)
-        self.enqueue(lambda: there.__setitem__(slice(None), here.copy()))
+
+        def work() -> None:
+            there[...] = here.copy()
+            self.now += 2 * nbytes / self.bandwidth
+
+        self.enqueue(work)
 
     def clear(self, address: int, nbytes: int) -> None:
         there = self.at(address, nbytes)
         self.enqueue(lambda: there.__setitem__(slice(None), 0))
+
+    def free_bytes(self) -> int:
+        assert self.depth > 0, "the context is not current"
+        return self.total - sum(region.nbytes for region in self.regions.values())
 
     # --- order
 
@@ -142,6 +156,16 @@ class FakeDevice:
         while not event[0]:
             assert self.queue, "waits for what was never enqueued"
             self._run(1)
+
+    def elapsed(self, enqueue: Callable[[], None]) -> float:
+        times: list[float] = []
+        self.enqueue(lambda: times.append(self.now))
+        enqueue()
+        self.enqueue(lambda: times.append(self.now))
+        self.wait(self.mark())
+        return times[1] - times[0]
+
+    copy_bandwidth = Device.copy_bandwidth
 
     def capture(self, enqueue: Callable[[], None]) -> FakeGraph:
         if not self.can_capture:
@@ -241,6 +265,7 @@ class FakeContext:
             feeds["input_ids"] = np.where((ids < 0) | (ids >= self.engine.bundle.config.vocab_size), 0, ids)
             for name, value in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
                 places[name][0][...] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            device.now += seq * device.token_seconds
 
         device.enqueue(work)
         return True
@@ -342,6 +367,7 @@ def give_engine(
         "max_prefill": max_prefill,
         "prefill_batch": prefill_batch,
         "weights": {},
+        "build_seconds": 1.5,
         **other,
     }
     assert "tensorrt" in ENGINES

@@ -30,6 +30,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import mamba_deploy.bundle
 import mamba_deploy.inspection
+import mamba_deploy.runtime.bench
 import mamba_deploy.runtime.verify
 from mamba_deploy.bundle import LOWERED, MANIFEST, PORTABLE, REFERENCE, TOKENIZER, WEIGHTS, Bundle
 from mamba_deploy.cli import main
@@ -38,7 +39,7 @@ from mamba_deploy.exporters import export as export_module
 from mamba_deploy.runtime.session import Session
 
 Bundles = Callable[..., Any]  # the factory of conftest.py
-VERBS = ["export", "verify", "generate", "inspect"]
+VERBS = ["export", "verify", "generate", "bench", "inspect"]
 SCRIPT = Path(sys.executable).with_name("mamba-deploy")
 
 
@@ -139,6 +140,7 @@ FLAGS = {
     "verify": "--backend --provider --checkpoint --layers --plot --threads --json",
     "generate": "-p --prompt --prompts -n --max-tokens --temperature --top-k --top-p --min-p --repetition-penalty "
     "--seed --stop --backend --provider --threads --json",
+    "bench": "--backend --provider --batch --prompt --steps --seconds --tflops --plot --threads --json",
     "inspect": "--json",
     "build": "--backend --max-batch --max-prefill --prefill-batch --plugins --workspace --optimization-level "
     "--compute-capability --timing-cache --no-timing-cache --json",
@@ -229,6 +231,14 @@ USAGE: list[tuple[Sequence[str], str]] = [
     (["generate", "a", "-p", "x", "--seed", "1.5"], "'1.5' is not a valid integer"),
     (["generate", "a", "--prompts", "/nowhere/prompts.txt"], "/nowhere/prompts.txt"),
     (["generate", "a", "-p", "x", "--top_k", "3"], "No such option"),
+    (["bench", "a", "--batch", "1,x,8"], "'x' in '1,x,8' is not a number, 1 or above"),
+    (["bench", "a", "--batch", "1,,8"], "'' in '1,,8' is not"),
+    (["bench", "a", "--prompt", "128,0"], "'0' in '128,0' is not a number, 1 or above"),
+    (["bench", "a", "--prompt", "-1"], "'-1' in '-1' is not"),
+    (["bench", "a", "--prompt", "1.5"], "'1.5' in '1.5' is not"),
+    (["bench", "a", "--prompt", "\u00b2"], "is not a number, 1 or above"),
+    (["bench", "a", "--steps", "0"], "0 is not in the range x>=1"),
+    (["bench", "a", "--backend", "torch", "--provider", "cuda"], "--provider cuda is for --backend onnxruntime"),
     (["inspect"], "Missing argument 'PATH'"),
 ]
 
@@ -253,6 +263,7 @@ CALLED: dict[str, tuple[Any, str]] = {
     "export": (export_module, "export"),
     "verify": (mamba_deploy.runtime.verify, "verify"),
     "generate": (Session, "prefill"),
+    "bench": (mamba_deploy.runtime.bench, "bench"),
     "inspect": (mamba_deploy.inspection, "describe"),
 }
 
@@ -325,6 +336,8 @@ EXTRAS: list[tuple[str, Sequence[str], str, str]] = [
     ("verify", ["--backend", "torch"], "onnx_ir", "export"),
     ("verify", ["--checkpoint", "x"], "torch", "export"),
     ("generate", ["-p", "x"], "onnxruntime", "cpu"),
+    ("bench", [], "onnxruntime", "cpu"),
+    ("bench", ["--plot", "a.png"], "matplotlib", "plot"),
     ("verify", ["--provider", "cuda"], "onnxruntime", "gpu"),
     ("generate", ["-p", "x", "--provider", "cuda"], "onnxruntime", "gpu"),
     ("generate", ["-p", "x"], "tokenizers", "cpu"),
