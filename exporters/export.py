@@ -88,7 +88,7 @@ def export(
             progress("no tokenizer.json: prompts will be token ids")
         progress("asking PyTorch for the reference answers")
         prompts = verification_prompts(config.vocab_size, encode)
-        write_answers(reference_answers(config, weights, prompts), work / REFERENCE)
+        write_answers(reference_answers(config, weights, prompts, contract), work / REFERENCE)
         progress("hashing")
     return Bundle.open(out)
 

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -14,13 +15,15 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mamba_deploy.bundle import PORTABLE, WEIGHTS, Bundle
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.model import MambaModel, ModelState
 from mamba_deploy.runtime.state import State
-from mamba_deploy.runtime.verify import GREEDY_TOKENS, Answers, verification_prompts
+from mamba_deploy.runtime.verify import GREEDY_TOKENS, Answers, relative_error, verification_prompts
 
 __all__ = ["TorchBackend", "bundle_weights", "reference_answers"]
 
@@ -101,7 +104,10 @@ def bundle_weights(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def reference_answers(
-    config: MambaConfig, weights: Mapping[str, Tensor], prompts: list[list[int]] | None = None
+    config: MambaConfig,
+    weights: Mapping[str, Tensor],
+    prompts: list[list[int]] | None = None,
+    contract: Contract | None = None,
 ) -> Answers:
     """What PyTorch answers to the verification prompts, computed in float32 with exactly these weights.
 
@@ -109,6 +115,7 @@ def reference_answers(
         config: The architecture.
         weights: As stored, rounded to the exported dtype.
         prompts: Token ids; None for :func:`verification_prompts`.
+        contract: Where its dtypes are not all float32, how far PyTorch is off with them is found too.
     """
     model = MambaModel.from_weights(config, weights, torch.float32)
     prompts = prompts or verification_prompts(config.vocab_size)
@@ -132,7 +139,37 @@ def reference_answers(
                 last, state = model.step(token, state)
             arrays[f"greedy.{i}"] = np.array(tokens, np.int32)
             arrays[f"greedy_gap.{i}"] = np.array(gaps, np.float32)
+    if contract is not None and {contract.dtype, contract.state_dtype} != {"float32"}:
+        arrays |= _rounding(MambaModel.from_weights(config, weights, getattr(torch, contract.dtype)), contract, arrays)
     return Answers(arrays)
+
+
+def _rounding(model: MambaModel, contract: Contract, answers: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    """``rounding.KIND``: how far a model with the contract's dtypes is from the answers, each prompt read at once."""
+    found: dict[str, list[float]] = {"logits": [], "conv_state": [], "ssm_state": [], "hidden": []}
+    with torch.inference_mode(), _WideProducts():
+        for i in range(Answers(answers).count):
+            empty = model.new_state(1, getattr(torch, contract.state_dtype))
+            with _kept(model.layers if i == 0 else []) as hidden:
+                logits, state = model(torch.tensor(answers[f"prompt.{i}"])[None], empty, all_logits=True)
+            wanted = answers[f"logits.{i}"]
+            found["logits"].append(max(map(relative_error, logits[0].numpy(), wanted)))
+            if i == 0:
+                for kind, tensors in (("hidden", hidden), ("conv_state", state.conv), ("ssm_state", state.ssm)):
+                    for layer, tensor in enumerate(tensors):
+                        error = relative_error(tensor[0].float().numpy(), answers[f"{kind}.{layer}"])
+                        found[kind].append(error)
+    return {f"rounding.{kind}": np.array(errors, np.float32) for kind, errors in found.items()}
+
+
+class _WideProducts(TorchFunctionMode):
+    """Matrix products of half precision are summed in float32: as GPUs do it, and faster on a CPU that has none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        wide = [None if a is None else a.float() for a in (*args, *(kwargs or {}).values())]
+        return F.linear(*wide).to(args[0].dtype)
 
 
 @contextlib.contextmanager

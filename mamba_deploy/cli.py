@@ -305,7 +305,8 @@ def _answers(bundle: Any, checkpoint: str | None) -> Answers:
     dtype = getattr(torch, bundle.contract.dtype)
     rounded = {name: cast_weight(name, tensor, dtype) for name, tensor in weights.items()}
     _say("asking PyTorch")
-    return reference_answers(config, rounded, [stored.prompt(i) for i in range(stored.count)])
+    prompts = [stored.prompt(i) for i in range(stored.count)]
+    return reference_answers(config, rounded, prompts, bundle.contract)
 
 
 def _verify_layers(

@@ -33,6 +33,8 @@ from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError, MissingDependencyError, VerifyError
 from mamba_deploy.exporters import layers
 from mamba_deploy.exporters.lowering import lower_for_cpu
+from mamba_deploy.exporters.reference import bundle_weights
+from mamba_deploy.model import MambaModel
 from mamba_deploy.runtime import engine
 from mamba_deploy.runtime.engine import TensorRTBackend
 from mamba_deploy.runtime.session import Session
@@ -42,6 +44,7 @@ from mamba_deploy.runtime.verify import (
     Check,
     Report,
     plot,
+    relative_error,
     tolerance,
     verification_prompts,
     verify,
@@ -238,6 +241,50 @@ def test_exact_answers_pass_every_check() -> None:
     assert series["logits, token by token"] == sum(map(len, PROMPTS))
     assert series["ssm_state, token by token"] == TINY.n_layer
     assert "all 15 are the same" in report.table()
+
+
+def test_four_times_what_pytorch_loses_itself_is_allowed() -> None:
+    """Where that is more than the bound: kind by kind, the worst of its prompts or layers."""
+    rounding = {"logits": [0.0, 0.01, 0.002], "conv_state": [0.0, BOUND / 5], "ssm_state": [0.03, 0.02]}
+    arrays = {f"rounding.{kind}": np.array(errors, np.float32) for kind, errors in rounding.items()}
+    conv, ssm = BOUND, 0.12
+    allowed = [0.04, 0.04, conv, ssm, conv, ssm, 2 * 0.04, 0.04, conv, ssm]
+    report = toy_report(answers=toy_answers() | arrays)
+    assert [check.tolerance for check in report.checks] == pytest.approx(allowed)
+    for share, passes in ((0.97, True), (1.03, False)):
+        plant = off(share * 0.04, lambda session, row: session.read[row] == PROMPTS[1])
+        assert toy_report(plant, toy_answers() | arrays).passed is passes
+
+
+@pytest.mark.parametrize("kind", ["logits", "conv_state", "ssm_state", "hidden"])
+def test_roundings_of_another_model_are_refused(kind: str) -> None:
+    with pytest.raises(VerifyError, match=rf"'rounding.{kind}' .* one of shape \[7\]"):
+        toy_report(answers=toy_answers() | {f"rounding.{kind}": np.zeros(7, np.float32)})
+
+
+def test_what_pytorch_loses_with_the_dtypes_of_the_graph(bundle) -> None:
+    """As by running it with those dtypes, whose products this CPU rounds in other places."""
+    made = bundle("mamba2", dtype="float16", state_dtype="bfloat16")
+    answers = Answers.load(made.path / REFERENCE)
+    model = MambaModel.from_weights(made.bundle.config, bundle_weights(made.bundle), torch.float16)
+    for i in range(answers.count):
+        logits, state = model(torch.tensor([answers.prompt(i)]), model.new_state(1, torch.bfloat16), all_logits=True)
+        found = {"logits": max(map(relative_error, logits[0].numpy(), answers.arrays[f"logits.{i}"]))}
+        if i == 0:
+            for kind, tensors in (("conv_state", state.conv), ("ssm_state", state.ssm)):
+                for layer, tensor in enumerate(tensors):
+                    want = answers.arrays[f"{kind}.{layer}"]
+                    found[kind, layer] = relative_error(tensor[0].float().numpy(), want)
+        for key, error in found.items():
+            kind, place = key if isinstance(key, tuple) else (key, i)
+            assert error > 1e-4
+            assert answers.arrays[f"rounding.{kind}"][place] == pytest.approx(error, rel=0.5), key
+    assert answers.arrays["rounding.hidden"].shape == (2,)
+    assert answers.arrays["rounding.ssm_state"].min() >= 2**-9 / 4, "the state was not rounded to bfloat16"
+
+
+def test_float32_has_no_roundings_of_its_own(bundle) -> None:
+    assert not [name for name in Answers.load(bundle("mamba").path / REFERENCE).arrays if "rounding" in name]
 
 
 @pytest.mark.parametrize(("amount", "passes"), [(0.97 * BOUND, True), (1.03 * BOUND, False)], ids=["below", "above"])
