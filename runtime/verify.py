@@ -15,9 +15,10 @@ roundoff u (2^-24 for float32, 2^-11 for float16, 2^-8 for bfloat16) and n layer
 - state in S: rounded once a token, and forgotten after some 64: u_S sqrt(64).
 
 In half precision a model may also make the errors of its layers larger from layer to layer. So the answers hold how far
-PyTorch itself is off with the dtypes of the graph, products summed in float32: four times that is allowed where it is
-more. Two computations that round in different places may be twice as far from each other as each is from the exact one,
-and TensorRT 8 sums products of half precision in half precision where that is faster.
+PyTorch itself is off with the dtypes of the graph, products summed in float32: eight times that is allowed where it is
+more. Two computations that round in different places may be twice as far from each other as each is from the exact one;
+and TensorRT 8 sums products of a prompt in half precision where that is faster: random models of up to 790M parameters
+were then off by up to 5.3 times what PyTorch is, token by token by 3.5 times (H200, TensorRT 8.6.0, float16).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ TEXTS = (
 )
 _CHUNK = 5
 _ROWS = 8  # prompts verified side by side
-_OWN_ROUNDING = 4
+_OWN_ROUNDING = 8
 _ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 

@@ -243,9 +243,9 @@ def test_exact_answers_pass_every_check() -> None:
     assert "all 15 are the same" in report.table()
 
 
-def test_four_times_what_pytorch_loses_itself_is_allowed() -> None:
+def test_eight_times_what_pytorch_loses_itself_is_allowed() -> None:
     """Where that is more than the bound: kind by kind, the worst of its prompts or layers."""
-    rounding = {"logits": [0.0, 0.01, 0.002], "conv_state": [0.0, BOUND / 5], "ssm_state": [0.03, 0.02]}
+    rounding = {"logits": [0.0, 0.005, 0.002], "conv_state": [0.0, BOUND / 9], "ssm_state": [0.015, 0.01]}
     arrays = {f"rounding.{kind}": np.array(errors, np.float32) for kind, errors in rounding.items()}
     conv, ssm = BOUND, 0.12
     allowed = [0.04, 0.04, conv, ssm, conv, ssm, 2 * 0.04, 0.04, conv, ssm]
