@@ -18,7 +18,6 @@ import math
 import os
 import statistics
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import click
 import measured
 import torch
+from peers import bare_package, source_version, with_one_warp
 from torch import Tensor
 
 from mamba_deploy.plugins.kernels import Kernels, load
@@ -45,6 +45,17 @@ class Case(NamedTuple):
     contenders: Callable[[], dict[str, Launch]]  # on new buffers; ours first
 
 
+class Machine(NamedTuple):
+    """What was measured of it."""
+
+    bandwidth: float  # bytes a second, of a copy
+    product: float  # operations a second
+    clock: float  # Hz
+    node: float  # microseconds of an empty one of a graph
+    l2_bytes: int
+    text: str
+
+
 @click.command()
 @click.option("--mamba-ssm", type=click.Path(exists=True, path_type=Path), help="Its unpacked source distribution.")
 @click.option("--causal-conv1d", type=click.Path(exists=True, path_type=Path), help="Likewise.")
@@ -61,32 +72,28 @@ def main(
     torch.manual_seed(0)
     gpu = torch.cuda.get_device_properties(0)
     peers = Peers(mamba_ssm, causal_conv1d)
-    bandwidth, product, node = _bandwidth(), _product_rate(), _empty_node()
-    clock = torch.cuda.clock_rate() * 1e6  # right after the products: under load
-    exponential_rate = 16.0 * gpu.multi_processor_count * clock
-    click.echo(
-        f"{gpu.name}: copy {bandwidth / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s, "
-        f"{clock / 1e9:.2f} GHz, empty node {node:.2f} us"
-    )
+    machine = calibrate()
+    exponential_rate = 16.0 * gpu.multi_processor_count * machine.clock
+    click.echo(f"{gpu.name}: {machine.text}, empty node {machine.node:.2f} us")
     rows = []
     for case in _cases(load(library), peers):
         if only not in case.name:
             continue
         times = _measure(case, turns)
-        seconds = [case.bytes / bandwidth, case.exponentials / exponential_rate, case.operations / product]
-        ours = times.pop("mamba-deploy")
+        by_bytes, by_products = case.bytes / machine.bandwidth, case.operations / machine.product
+        seconds = max(by_bytes, case.exponentials / exponential_rate, by_products)
+        ours, limit = times.pop("mamba-deploy"), max(1e6 * seconds, machine.node)
         row = {
-            "name": case.name, "value": ours, "unit": "us", "limit": max(1e6 * max(seconds), node), "peers": times,
-            "note": f"{case.bytes / ours / 1e6:.2f} TB/s" if seconds[0] == max(seconds) else "",
+            "name": case.name, "value": ours, "unit": "us", "limit": limit, "peers": times,
+            "note": f"{case.bytes / ours / 1e6:.2f} TB/s" if by_bytes == seconds else "",
         }  # fmt: skip
         rows.append(row)
         others = ", ".join(f"{name} {time:.2f} ({time / ours:.2f}x)" for name, time in times.items())
-        click.echo(f"{case.name}: {ours:.2f} us, {ours / row['limit']:.2f}x the limit {row['limit']:.2f}; {others}")
+        click.echo(f"{case.name}: {ours:.2f} us, {ours / limit:.2f}x the limit {limit:.2f}; {others}")
         if write is not None:  # after every row: what was measured stays if the run is broken off
             versions = {"cuda": str(torch.version.cuda), **peers.versions}
-            machine = f"copy {bandwidth / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s, {clock / 1e9:.2f} GHz"
             measured.write(
-                write, rows, machine=machine, packages=("mamba-deploy", "torch", "triton"), versions=versions,
+                write, rows, machine=machine.text, packages=("mamba-deploy", "torch", "triton"), versions=versions,
                 on_gpu=True,
             )  # fmt: skip
 
@@ -132,6 +139,15 @@ def _check(name: str, contenders: dict[str, Launch]) -> None:
         error = ((ours - theirs).norm() / theirs.norm()).item()
         if not error < 2e-2:
             raise click.ClickException(f"{name}: ours and {contender} differ by {error:.1%}")
+
+
+def calibrate() -> Machine:
+    """What rows are held to; also those of bench_peers.py."""
+    bandwidth, product, node = _bandwidth(), _product_rate(), _empty_node()
+    clock = torch.cuda.clock_rate() * 1e6  # right after the products: under load
+    text = f"copy {bandwidth / 1e12:.2f} TB/s, product {product / 1e12:.0f} TFLOP/s, {clock / 1e9:.2f} GHz"
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    return Machine(bandwidth, product, clock, node, l2_bytes, text)
 
 
 def _bandwidth() -> float:
@@ -334,14 +350,14 @@ class Peers:
         self.versions: dict[str, str] = {}
         self.scan = self.update = self.chunked = self.convolve = None
         if mamba_ssm is not None:
-            self.versions["mamba_ssm"] = _version(mamba_ssm)
-            _package("mamba_ssm", mamba_ssm / "mamba_ssm")
+            self.versions["mamba_ssm"] = source_version(mamba_ssm)
+            bare_package("mamba_ssm", mamba_ssm / "mamba_ssm")
             self.update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
             self.chunked = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
             folder = mamba_ssm / "csrc" / "selective_scan"
             self.scan = _compile("selective_scan_cuda", folder, ("selective_scan.cpp", "selective_scan_fwd_bf16.cu"))
         if causal_conv1d is not None:
-            self.versions["causal-conv1d"] = _version(causal_conv1d)
+            self.versions["causal-conv1d"] = source_version(causal_conv1d)
             sources = ("causal_conv1d.cpp", "causal_conv1d_fwd.cu", "causal_conv1d_update.cu")
             self.convolve = _compile("causal_conv1d_cuda", causal_conv1d / "csrc", sources)
 
@@ -411,18 +427,10 @@ class Peers:
         """selective_state_update as it is, and with one warp a program instead of four, on a state each."""
         module, one_state = self.update, state.clone()
         assert module is not None
-        stock = module._selective_scan_update_kernel
-
-        def with_one_warp() -> Tensor:
-            module._selective_scan_update_kernel = _OneWarp(stock)
-            try:
-                return module.selective_state_update(one_state, *args)
-            finally:
-                module._selective_scan_update_kernel = stock
-
+        update = with_one_warp(module)
         return {
             "mamba_ssm selective_state_update": lambda: module.selective_state_update(state, *args),
-            "mamba_ssm selective_state_update, 1 warp": with_one_warp,
+            "mamba_ssm selective_state_update, 1 warp": lambda: update(one_state, *args),
         }
 
 
@@ -434,26 +442,6 @@ _PEER_FLAGS = [
         "BFLOAT162_CONVERSIONS",
     )),
 ]  # fmt: skip
-
-
-class _OneWarp:
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        return lambda *args, **options: self.kernel[grid](*args, **{**options, "num_warps": 1})
-
-
-def _version(folder: Path) -> str:
-    lines = (folder / "PKG-INFO").read_text(encoding="utf-8").splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("Version:"))
-
-
-def _package(name: str, folder: Path) -> None:
-    """Without its ``__init__``, which would ask for everything the package can do."""
-    package = types.ModuleType(name)
-    package.__path__ = [str(folder)]
-    sys.modules[name] = package
 
 
 def _compile(name: str, folder: Path, sources: tuple[str, ...]) -> Any:
