@@ -498,8 +498,9 @@ def bench(
     come to the host; for a prompt the time to its first token. The bandwidth is that of a copy, in the same run.
     """
     from mamba_deploy.bundle import ENGINES, Bundle
-    from mamba_deploy.runtime.bench import Plan, check_plot, engine_facts, plot
+    from mamba_deploy.runtime.bench import Plan
     from mamba_deploy.runtime.bench import bench as run
+    from mamba_deploy.runtime.bench_report import check_plot, engine_facts, plot
     from mamba_deploy.runtime.device import Device
 
     _check_provider(backend, provider)

@@ -26,7 +26,8 @@ import click
 import numpy as np
 
 from mamba_deploy.bundle import Bundle
-from mamba_deploy.runtime import bench
+from mamba_deploy.runtime.bench import Plan, time_generate
+from mamba_deploy.runtime.bench_report import Figure
 from mamba_deploy.runtime.session import Session
 
 OURS = "mamba-deploy"
@@ -97,7 +98,7 @@ class Worker:
     def generate(self, batch: int) -> dict[str, Any]:
         """Greedy tokens by the wall clock, as ``mamba-deploy bench`` times them."""
         ids = random_ids(self.session.config.vocab_size, batch, READ_FIRST)
-        figure = bench.Figure(bench._generated(self.session, ids, bench.Plan()))
+        figure = Figure(time_generate(self.session, ids, Plan()))
         return {"us": 1e6 * figure.median, "p95": 1e6 * figure.p95}
 
     def prompt(self, ids: list[list[int]], count: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from mamba_deploy.errors import BundleError, EngineError, InputError, MissingDep
 from mamba_deploy.limits import Limits
 from mamba_deploy.runtime import bench as module
 from mamba_deploy.runtime import device as device_module
-from mamba_deploy.runtime.bench import Figure, Machine, Plan, Report, Row, bench, check_plot, engine_facts, plot
+from mamba_deploy.runtime.bench import Machine, Plan, bench
+from mamba_deploy.runtime.bench_report import Figure, Report, Row, check_plot, engine_facts, plot
 from mamba_deploy.runtime.device import Device
 from mamba_deploy.runtime.gpu_state import state_bytes
 from mamba_deploy.runtime.session import Session
