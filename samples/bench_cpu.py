@@ -4,7 +4,8 @@
 
 One random model of each generation in the published 130M size, the same weights and threads for all, in one run: after
 a warm-up the contenders take turns, and each row holds medians. The limit of decode is the bytes a step must read over
-the read bandwidth measured here; that of a prompt its operations over the rate of a matrix product measured here.
+the read bandwidth; that of a prompt its operations over the rate of a matrix product. Both are measured here, and take
+turns with the contenders, for a shared machine is not equally fast from one minute to the next.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mamba_deploy.limits import Limits
 
 MODELS = ("mamba-130m", "mamba2-130m")
 PROMPT_TOKENS = 512
+LIMIT = "limit"  # what takes turns with the contenders
 Timed = Callable[[], float]  # seconds a token
 
 
@@ -45,10 +47,8 @@ Timed = Callable[[], float]  # seconds a token
 def main(threads: int, steps: int, turns: int, with_compile: bool, models: str, write: Path | None) -> None:
     """Measure, print, and write the results."""
     torch.set_num_threads(threads)
-    bandwidth, flops = _read_bandwidth(), _product_rate(threads)
-    click.echo(
-        f"read bandwidth {bandwidth / 1e9:.1f} GB/s, matrix product {flops / 1e9:.0f} GFLOP/s, {threads} threads"
-    )
+    read, multiply = _reader(), _multiplier(threads)
+    seen: dict[str, list[float]] = {"read": [], "product": []}  # the medians of the rows
     rows = []
     for name in models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
@@ -72,39 +72,40 @@ def main(threads: int, steps: int, turns: int, with_compile: bool, models: str, 
                         )
                     except Exception as error:  # whatever the compiler cannot do
                         note = f"the compiled step does not work: {type(error).__name__}"
-                rows.append(
-                    _row(f"decode/{name}/b1/fp32", _take_turns(contenders, turns), bandwidth / decode.bytes, note)
-                )
+                times = _take_turns({**contenders, LIMIT: read}, turns)
+                seen["read"].append(1 / times[LIMIT])
+                times[LIMIT] *= decode.bytes
+                rows.append(_row(f"decode/{name}/b1/fp32", times, note))
                 contenders = {
                     "mamba-deploy": lambda s=session, i=ids: _our_prompt(s, i),
                     "transformers eager": lambda m=model, i=ids: _their_prompt(m, i),
                 }
-                rows.append(
-                    _row(
-                        f"prompt/{name}/b1/fp32/l{PROMPT_TOKENS}",
-                        _take_turns(contenders, turns),
-                        flops / prompt.flops * PROMPT_TOKENS,
-                        "",
-                    )
-                )
+                times = _take_turns({**contenders, LIMIT: multiply}, turns)
+                seen["product"].append(1 / times[LIMIT])
+                times[LIMIT] *= prompt.flops / PROMPT_TOKENS
+                rows.append(_row(f"prompt/{name}/b1/fp32/l{PROMPT_TOKENS}", times, ""))
         for row in rows[-2:]:
             peers = ", ".join(f"{peer} {value:.1f}" for peer, value in row["peers"].items())
             click.echo(
                 f"{row['name']}: {row['value']:.1f} tokens/s, {row['value'] / row['limit']:.0%} of the limit "
                 f"{row['limit']:.1f}; {peers} {row['note']}"
             )
+    bandwidth, flops = (statistics.median(values) for values in seen.values())
+    click.echo(
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s, matrix product {flops / 1e9:.0f} GFLOP/s, {threads} threads"
+    )
     if write is not None:
         _write(write, rows, threads, bandwidth, flops)
 
 
-def _read_bandwidth() -> float:
-    """Bytes a second of summing 1 GiB."""
+def _reader() -> Timed:
+    """Seconds a byte of summing 1 GiB, the best of some readings."""
     data = torch.ones(1 << 28)
-    return _best(lambda: data.sum(), data.nbytes)
+    return lambda: _best(lambda: data.sum(), data.nbytes)
 
 
-def _product_rate(threads: int) -> float:
-    """Operations a second of a 2048 x 2048 x 2048 float32 product, by the faster of PyTorch and ONNX Runtime."""
+def _multiplier(threads: int) -> Timed:
+    """Seconds an operation of a 2048 x 2048 x 2048 float32 product, by the faster of PyTorch and ONNX Runtime."""
     size = 2048
     a, b = torch.rand(size, size), torch.rand(size, size)
     graph = onnx.parser.parse_model(
@@ -116,16 +117,16 @@ def _product_rate(threads: int) -> float:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     work = 2 * size**3
-    return max(_best(lambda: a @ b, work), _best(lambda: session.run(None, {"a": a.numpy()}), work))
+    return lambda: min(_best(lambda: a @ b, work), _best(lambda: session.run(None, {"a": a.numpy()}), work))
 
 
 def _best(run: Callable[[], Any], amount: float) -> float:
     times = []
-    for _ in range(16):
+    for _ in range(4):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return amount / min(times)
+    return min(times) / amount
 
 
 def _random_model(name: str, directory: Path) -> Any:
@@ -190,9 +191,10 @@ def _take_turns(contenders: dict[str, Timed], turns: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _row(name: str, seconds: dict[str, float], limit: float, note: str) -> dict[str, Any]:
+def _row(name: str, seconds: dict[str, float], note: str) -> dict[str, Any]:
+    """From seconds a token."""
     rates = {contender: 1 / value for contender, value in seconds.items()}
-    ours = rates.pop("mamba-deploy")
+    ours, limit = rates.pop("mamba-deploy"), rates.pop(LIMIT)
     return {"name": name, "value": ours, "unit": "tokens/s", "limit": limit, "peers": rates, "note": note}
 
 
