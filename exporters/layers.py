@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from mamba_deploy.bundle import LOWERED, PORTABLE, WEIGHTS, Bundle
 from mamba_deploy.contract import numpy_dtype
-from mamba_deploy.errors import EngineError, ExportError, MambaDeployError, require
+from mamba_deploy.errors import EngineError, ExportError, MambaDeployError
 from mamba_deploy.exporters.engine_build import engine_file, engine_request
+from mamba_deploy.exporters.functions import element_type
 from mamba_deploy.runtime.engine import MarkedEngine, TensorRTBackend
-from mamba_deploy.runtime.ort import CUDA_OPTIONS, PROVIDERS, prepare_cuda
+from mamba_deploy.runtime.ort import open_session
 
 __all__ = ["layer_names", "onnxruntime_layers", "onnxruntime_session", "tensorrt_layers"]
 
@@ -69,7 +70,7 @@ def onnxruntime_layers(
 
         feeds = {}
         for spec in bundle.contract.inputs:
-            element = onnx.TensorProto.DataType.Value({"float32": "FLOAT"}.get(spec.dtype, spec.dtype.upper()))
+            element = element_type(spec.dtype)
             feeds[spec.name] = OrtValue.ortvalue_from_numpy_with_onnx_type(given[spec.name], element)
         found = session.run_with_ort_values(names, feeds)
     except MambaDeployError:
@@ -83,7 +84,6 @@ def onnxruntime_session(
     bundle: Bundle, names: Sequence[str], *, graph: str = "portable", provider: str = "cpu", threads: int | None = None
 ) -> Any:
     """An ``InferenceSession`` over a graph with these tensors among its outputs; see :func:`onnxruntime_layers`."""
-    ort: Any = require("onnxruntime", extra="gpu" if provider == "cuda" else "cpu", why="run an ONNX file")
     path = bundle.file(_FILES[graph])
     bundle.file(WEIGHTS)
     model = onnx.load(path, load_external_data=False)
@@ -92,16 +92,7 @@ def onnxruntime_session(
         if name not in known:
             raise ExportError(f"{path} has no tensor {name}", hint="export the model again")
         model.graph.output.append(known[name])
-    providers: list[Any] = [PROVIDERS["cpu"]]
-    if provider == "cuda":
-        prepare_cuda(ort)
-        providers.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS))
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
-    # A graph that is given as bytes has no folder of its own.
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path.resolve()))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=providers, enable_fallback=0)
+    return open_session(model.SerializeToString(), threads=threads, provider=provider, weights=bundle.path)
 
 
 def tensorrt_layers(

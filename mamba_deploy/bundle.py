@@ -33,6 +33,7 @@ __all__ = [
     "WEIGHTS",
     "Bundle",
     "add_engine",
+    "bound_weight_bytes",
     "write_bundle",
 ]
 
@@ -259,6 +260,11 @@ def add_engine(bundle: Bundle, backend: str, made: Path, facts: Mapping[str, Any
             f"{bundle.path} could not be written: {error}", hint="check the free space and the permissions there"
         ) from error
     return Bundle.open(bundle.path)
+
+
+def bound_weight_bytes(facts: Mapping[str, Any]) -> int:
+    """Bytes of the weights that an engine is given at opening, by what the manifest says of it; 0: all are inside."""
+    return sum(length for _, length in facts["weights"].values())
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:

@@ -187,7 +187,7 @@ def export(
 def build(out: Path, backend: str | None, as_json: bool, **options: Any) -> None:
     """Build the TensorRT engine of the bundle OUT, on the machine that is to run it."""
     require("onnx", extra="tensorrt", why="read the graph")
-    from mamba_deploy.bundle import ENGINES
+    from mamba_deploy.bundle import ENGINES, bound_weight_bytes
     from mamba_deploy.exporters.engine_build import build_engine
 
     backend = backend or _installed_backend()
@@ -197,7 +197,7 @@ def build(out: Path, backend: str | None, as_json: bool, **options: Any) -> None
     if as_json:
         _print_json({"path": path, "bytes": size, "engine": facts})
     else:
-        bound = sum(length for _, length in facts["weights"].values())
+        bound = bound_weight_bytes(facts)
         beside = f", {bound / 1e6:.1f} MB of weights stay in model.onnx.data" if bound else ""
         product = f"{facts['product']} {facts['version']}"
         click.echo(f"{path}: {product}, {size / 1e6:.1f} MB{beside}, built in {facts['build_seconds']} s")

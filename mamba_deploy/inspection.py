@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mamba_deploy.bundle import ENGINES, LOWERED, MANIFEST, WEIGHTS, Bundle
+from mamba_deploy.bundle import ENGINES, LOWERED, MANIFEST, WEIGHTS, Bundle, bound_weight_bytes
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import BundleError, InputError, require
@@ -90,7 +90,7 @@ def _engine_facts(bundle: Bundle, backend: str) -> dict[str, Any]:
             "file": ENGINES[backend],
             "bytes": bundle.manifest["files"][ENGINES[backend]]["bytes"],
             "gpus": [f"sm_{name}" for name in built_for],  # none: those that TensorRT-RTX takes unless told
-            "bound_weight_bytes": sum(length for _, length in facts["weights"].values()),  # 0: all are inside
+            "bound_weight_bytes": bound_weight_bytes(facts),
             **{key: facts[key] for key in kept},
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -164,6 +164,8 @@ struct Neighbours {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int32_t item_bytes(int32_t dtype) { return dtype == MAMBA_FLOAT32 ? 4 : 2; }
+
 inline size_t workspace_bytes(int64_t floats) { return static_cast<size_t>(ceil_div(4 * floats, 256) * 256); }
 
 // What of the current device a launch depends on.

@@ -38,7 +38,7 @@ cudaError_t launch(const MambaLastToken& a, int words, cudaStream_t stream) {
 cudaError_t run(const MambaLastToken& a, cudaStream_t stream) {
     const bool sizes = a.batch > 0 && a.length > 0 && a.length <= 1 << 20 && a.width > 0;
     if (!sizes || a.dtype < MAMBA_FLOAT32 || a.dtype > MAMBA_BFLOAT16) return cudaErrorInvalidValue;
-    const int64_t bytes = int64_t{a.width} * (a.dtype == MAMBA_FLOAT32 ? 4 : 2);
+    const int64_t bytes = int64_t{a.width} * item_bytes(a.dtype);
     if (bytes % 16 == 0 && is_aligned(a.x, 16) && is_aligned(a.y, 16)) {
         return launch<uint4>(a, static_cast<int>(bytes / 16), stream);
     }

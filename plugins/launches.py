@@ -16,10 +16,15 @@ __all__ = ["causal_conv1d", "last_token", "sample_token", "selective_scan", "ssd
 _TYPES = ("float", "__half", "__nv_bfloat16")  # by their numbers in mamba_kernels.h
 _BYTES = (4, 2, 2)
 _MAX_GRID_Y = 65535
+_PAD_TOKENS = 128  # from here on B and C, or P and N, are padded
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _padded(size: int) -> int:
+    return _ceil(size, 8) * 8
 
 
 def _aligned(call: ctypes.Structure, names: str, multiple: int) -> bool:
@@ -152,9 +157,9 @@ def _chunk_floats(call: Any) -> int:
 
 
 def _padded_floats(call: Any) -> int:
-    if call.state_size % 8 == 0 or call.channels % 4 != 0 or call.length < 128:
+    if call.state_size % 8 == 0 or call.channels % 4 != 0 or call.length < _PAD_TOKENS:
         return 0
-    return _ceil(call.batch * call.length * _ceil(call.state_size, 8) * 8 * _BYTES[call.dtype], 256) * 64
+    return _ceil(call.batch * call.length * _padded(call.state_size) * _BYTES[call.dtype], 256) * 64
 
 
 def _scan_workspace(call: Any) -> int:
@@ -165,7 +170,7 @@ def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
     room, floats = _scan_room(call), _padded_floats(call)
     before, states = [], (call.state_size, call.B, call.C)
     if workspace and floats:
-        N, to_N, rows = call.state_size, _ceil(call.state_size, 8) * 8, call.batch * call.length
+        N, to_N, rows = call.state_size, _padded(call.state_size), call.batch * call.length
         start = workspace + 4 * _chunk_floats(call)
         states = (to_N, start, start + 4 * floats)
         item = _BYTES[call.dtype]
@@ -348,16 +353,16 @@ class _Padding(NamedTuple):
 
 
 def _is_padded(call: Any) -> bool:
-    if call.dtype == 0 or call.length < 128 or (call.head_dim % 8 == 0 and call.state_size % 8 == 0):
+    if call.dtype == 0 or call.length < _PAD_TOKENS or (call.head_dim % 8 == 0 and call.state_size % 8 == 0):
         return False
-    P, N = _ceil(call.head_dim, 8) * 8, _ceil(call.state_size, 8) * 8
+    P, N = _padded(call.head_dim), _padded(call.state_size)
     return bool(max(call.heads * P, call.groups * N) <= 2**31 - 1)
 
 
 def _padding(call: Any, workspace: int) -> _Padding:
     to = type(call).from_buffer_copy(call)
     P, N = call.head_dim, call.state_size
-    to.head_dim, to.state_size = to_P, to_N = _ceil(P, 8) * 8, _ceil(N, 8) * 8
+    to.head_dim, to.state_size = to_P, to_N = _padded(P), _padded(N)
     end = workspace + 4 * _segments_floats(to)
     before, after = [], []
 

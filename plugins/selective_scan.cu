@@ -104,29 +104,12 @@ int64_t chunk_floats(const MambaSelectiveScan& a) {
 int64_t padded_floats(const MambaSelectiveScan& a) {
     if (a.state_size % 8 == 0 || a.channels % 4 != 0 || a.length < pad::kPadTokens) return 0;
     const int64_t values = int64_t{a.batch} * a.length * pad::padded(a.state_size);
-    return ceil_div(values * (a.dtype == MAMBA_FLOAT32 ? 4 : 2), 256) * 64;
-}
-
-// Copies B and C to where they may be read in vectors, in the workspace behind what the chunks take.
-cudaError_t pad_states(const MambaSelectiveScan& a, PromptPlan* p, void* workspace, cudaStream_t stream) {
-    const int64_t floats = padded_floats(a);
-    if (workspace == nullptr || floats == 0) return cudaSuccess;
-    float* const start = static_cast<float*>(workspace) + chunk_floats(a);
-    p->states = pad::padded(a.state_size);
-    const int item_bytes = a.dtype == MAMBA_FLOAT32 ? 4 : 2;
-    const int64_t rows = int64_t{a.batch} * a.length;
-    const pad::Copy copies[] = {{a.B, start, rows, 1, a.state_size, 1, p->states, item_bytes},
-                                {a.C, start + floats, rows, 1, a.state_size, 1, p->states, item_bytes}};
-    p->B = start;
-    p->C = start + floats;
-    return pad::copy(copies, 2, stream);
+    return ceil_div(values * item_bytes(a.dtype), 256) * 64;
 }
 
 template <typename Sh>
-cudaError_t plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, void* workspace, cudaStream_t stream,
-                 PromptPlan* made) {
-    PromptPlan& p = *made;
-    p = PromptPlan{};
+PromptPlan plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, void* workspace) {
+    PromptPlan p{};
     p.quads = quads;
     p.groups = static_cast<int>(ceil_div(a.channels, 4 * quads));
     p.scanners = 4 * quads / Sh::kWarpRows;
@@ -134,20 +117,35 @@ cudaError_t plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, v
                                           ceil_div(Sh::kStep * Sh::kN / Sh::kWide, 32 * Sh::kPacks)));
     p.chunks = chunks.count;
     p.chunk_length = chunks.length;
-    const int item_bytes = a.dtype == MAMBA_FLOAT32 ? 4 : 2;
     p.states = a.state_size;
     p.B = a.B;
     p.C = a.C;
-    const cudaError_t error = pad_states(a, &p, workspace, stream);
+    const int64_t floats = workspace != nullptr ? padded_floats(a) : 0;
+    if (floats > 0) {  // behind what the chunks take
+        float* const start = static_cast<float*>(workspace) + chunk_floats(a);
+        p.states = pad::padded(a.state_size);
+        p.B = start;
+        p.C = start + floats;
+    }
     p.vectors = a.channels % 4 == 0 && p.states % Sh::kWide == 0 && is_aligned(p.B, 16) && is_aligned(p.C, 16);
     for (const void* x : {a.x, a.dt, a.z, const_cast<const void*>(a.y)}) {
-        p.vectors = p.vectors && is_aligned(x, 4 * item_bytes);
+        p.vectors = p.vectors && is_aligned(x, 4 * item_bytes(a.dtype));
     }
     if (chunks.count > 1) {
         p.chunk_states = static_cast<float*>(workspace);
         p.chunk_steps = p.chunk_states + int64_t{a.batch} * chunks.count * a.channels * a.state_size;
     }
-    return error;
+    return p;
+}
+
+// Copies B and C to where the plan has them.
+cudaError_t pad_states(const MambaSelectiveScan& a, const PromptPlan& p, cudaStream_t stream) {
+    if (p.states == a.state_size) return cudaSuccess;
+    const int64_t rows = int64_t{a.batch} * a.length;
+    const pad::Copy copies[] = {
+        {a.B, const_cast<void*>(p.B), rows, 1, a.state_size, 1, p.states, item_bytes(a.dtype)},
+        {a.C, const_cast<void*>(p.C), rows, 1, a.state_size, 1, p.states, item_bytes(a.dtype)}};
+    return pad::copy(copies, 2, stream);
 }
 
 template <typename T, typename Sh, bool kVectors, bool kSummary>
@@ -174,16 +172,16 @@ cudaError_t prompt(const MambaSelectiveScan& a, const PromptPlan& p, cudaStream_
 
 template <typename T, typename Sh>
 cudaError_t prompt(const MambaSelectiveScan& a, int quads, void* workspace, cudaStream_t stream) {
-    PromptPlan p;
-    const cudaError_t error = plan<Sh>(a, {1, a.length}, quads, workspace, stream, &p);
+    const PromptPlan p = plan<Sh>(a, {1, a.length}, quads, workspace);
+    const cudaError_t error = pad_states(a, p, stream);
     return error == cudaSuccess ? prompt<T, Sh>(a, p, stream) : error;
 }
 
 template <typename T, typename Sh>
 cudaError_t chunked_prompt(const MambaSelectiveScan& a, const Chunks& chunks, void* workspace, cudaStream_t stream) {
     if (workspace == nullptr) return cudaErrorInvalidValue;
-    PromptPlan p;
-    cudaError_t error = plan<Sh>(a, chunks, 4, workspace, stream, &p);
+    const PromptPlan p = plan<Sh>(a, chunks, 4, workspace);
+    cudaError_t error = pad_states(a, p, stream);
     if (error == cudaSuccess) error = prompt<T, Sh, true>(a, p, stream);
     if (error != cudaSuccess) return error;
     const int64_t elements = int64_t{a.batch} * a.channels * a.state_size;

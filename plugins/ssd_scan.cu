@@ -256,7 +256,7 @@ Padding make_padding(const MambaSsdScan& a, uintptr_t workspace) {
         to.B = B;
         to.C = C;
     }
-    const int32_t bytes = a.state_dtype == MAMBA_FLOAT32 ? 4 : 2;
+    const int32_t bytes = item_bytes(a.state_dtype);
     void* const state = take(heads_of(a), to_P, to_N, bytes);
     padding.before[padding.befores++] = {a.ssm_state, state, heads_of(a), P, N, to_P, to_N, bytes};
     padding.after[padding.afters++] = {state, a.ssm_state_out, heads_of(a), to_P, to_N, P, N, bytes};

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mamba_deploy.bundle import ENGINES, WEIGHTS, Bundle
+from mamba_deploy.bundle import ENGINES, WEIGHTS, Bundle, bound_weight_bytes
 from mamba_deploy.errors import InputError, require
 from mamba_deploy.limits import Limits
+from mamba_deploy.runtime.picture import picture
 
 if TYPE_CHECKING:
     from mamba_deploy.runtime.bench import Machine, Plan
 
 __all__ = ["Figure", "Report", "Row", "check_plot", "engine_facts", "plot"]
+
+_WHY = "draw what is measured"  # matplotlib is needed
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def engine_facts(bundle: Bundle, backend: str) -> dict[str, Any]:
         BundleError: None was built for this backend.
     """
     facts, files = bundle.engine(backend), bundle.manifest["files"]
-    size, bound = files[ENGINES[backend]]["bytes"], sum(length for _, length in facts["weights"].values())
+    size, bound = files[ENGINES[backend]]["bytes"], bound_weight_bytes(facts)
     return {
         "bytes": size,
         "bound_weight_bytes": bound,
@@ -202,7 +205,7 @@ def check_plot(path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         InputError: The name is neither an SVG's nor a PNG's, or there is no such folder.
     """
-    require("matplotlib", extra="plot", why="draw what is measured")
+    require("matplotlib", extra="plot", why=_WHY)
     if path.suffix.lower() not in (".svg", ".png"):
         raise InputError(f"{path} is neither an .svg nor a .png file", hint="its ending says what is drawn")
     if not path.parent.is_dir():
@@ -215,27 +218,22 @@ def plot(report: Report, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", extra="plot", why="draw what is measured")
-    matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", extra="plot", why="draw what is measured")
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for panel, measured, across, up in (
-        (panels[0], report.decode, "rows", "ms a token"),
-        (panels[1], report.prompt, "tokens of the prompt", "ms to the first token"),
-    ):
-        rows = {row.batch * row.seq: row for row in measured}
-        ticks = sorted(rows)
-        for name in dict.fromkeys(name for row in measured for name in row.figures):
-            having = [tick for tick in ticks if name in rows[tick].figures]
-            panel.plot(having, [1e3 * rows[tick].figures[name].median for tick in having], marker="o", label=name)
-        limits = [1e3 * rows[tick].limit for tick in ticks]
-        panel.plot(ticks, limits, color="black", linestyle="--", marker=".", label="limit")
-        panel.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.set_xticks([], minor=True)
-        panel.legend()
-    figure.suptitle(f"{report.backend}: a copy reaches {report.machine.bandwidth / 1e9:.1f} GB/s", fontsize="medium")
-    try:
-        figure.savefig(path, dpi=120, format=path.suffix.lower().removeprefix("."))
-    finally:
-        pyplot.close(figure)
+    with picture(path, path.suffix.lower().removeprefix("."), why=_WHY) as (figure, panels):
+        for panel, measured, across, up in (
+            (panels[0], report.decode, "rows", "ms a token"),
+            (panels[1], report.prompt, "tokens of the prompt", "ms to the first token"),
+        ):
+            rows = {row.batch * row.seq: row for row in measured}
+            ticks = sorted(rows)
+            for name in dict.fromkeys(name for row in measured for name in row.figures):
+                having = [tick for tick in ticks if name in rows[tick].figures]
+                panel.plot(having, [1e3 * rows[tick].figures[name].median for tick in having], marker="o", label=name)
+            limits = [1e3 * rows[tick].limit for tick in ticks]
+            panel.plot(ticks, limits, color="black", linestyle="--", marker=".", label="limit")
+            panel.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.set_xticks([], minor=True)
+            panel.legend()
+        figure.suptitle(
+            f"{report.backend}: a copy reaches {report.machine.bandwidth / 1e9:.1f} GB/s", fontsize="medium"
+        )

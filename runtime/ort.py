@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract, numpy_dtype
-from mamba_deploy.errors import EngineError, require
+from mamba_deploy.errors import EngineError, MambaDeployError, require
 from mamba_deploy.runtime.ort_state import OrtState
 from mamba_deploy.runtime.state import State
 
-__all__ = ["PROVIDERS", "OrtBackend", "cannot_run"]
+__all__ = ["PROVIDERS", "OrtBackend", "cannot_run", "open_session"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # TensorFloat-32 keeps 10 bits of a float32's 23; the lowered graph computes in float32 whatever the export's dtype.
-CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0"}
+_CUDA_OPTIONS = {"device_id": "0", "use_tf32": "0"}
 
 _ELEMENT_TYPES = {"float32": 1, "int32": 6, "float16": 10, "bfloat16": 16}  # onnx.TensorProto.DataType
 
@@ -52,7 +52,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2])
 
 
-def prepare_cuda(ort: Any) -> None:
+def _prepare_cuda(ort: Any) -> None:
     """Load CUDA's libraries from where pip puts them, so that ONNX Runtime finds them.
 
     Raises:
@@ -85,6 +85,37 @@ def _no_cuda(ort: Any) -> EngineError:
     )
 
 
+def open_session(
+    model: str | bytes, *, threads: int | None = None, provider: str = "cpu", weights: Path | None = None
+) -> Any:
+    """An ``InferenceSession``, in which nothing falls back.
+
+    Args:
+        model: Path of an ONNX file, or its content.
+        threads: Threads of one operator on the CPU; None for one a core.
+        provider: ``cpu``, or ``cuda`` for the first GPU.
+        weights: The folder of the weights file, which content alone does not tell.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        EngineError: It cannot use CUDA here. What it says of the model is an exception of its own.
+    """
+    ort = _onnxruntime(provider)
+    chosen: list[Any] = [PROVIDERS["cpu"]]
+    if provider == "cuda":
+        _prepare_cuda(ort)
+        chosen.insert(0, (PROVIDERS["cuda"], _CUDA_OPTIONS))
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
+    session = ort.InferenceSession(model, options, providers=chosen, enable_fallback=0)
+    if session.get_providers()[0] != PROVIDERS[provider]:
+        raise _no_cuda(ort)
+    return session
+
+
 class OrtBackend:
     """An ONNX file in an inference session; states are bound by address, and none is copied in a step."""
 
@@ -102,22 +133,15 @@ class OrtBackend:
             EngineError: ONNX Runtime refuses the file, or cannot use CUDA here.
         """
         self._ort: Any = _onnxruntime(provider)
-        chosen: list[Any] = [PROVIDERS["cpu"]]
-        if provider == "cuda":
-            prepare_cuda(self._ort)
-            chosen.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS))
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
         try:
-            self._session = self._ort.InferenceSession(str(path), options, providers=chosen, enable_fallback=0)
+            self._session = open_session(str(path), threads=threads, provider=provider)
+        except MambaDeployError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise EngineError(
                 f"ONNX Runtime {self._ort.__version__} cannot load {path}: {error}",
                 hint=f"try a newer one: pip install -U 'mamba-deploy[{'gpu' if provider == 'cuda' else 'cpu'}]'",
             ) from error
-        if self._session.get_providers()[0] != PROVIDERS[provider]:
-            raise _no_cuda(self._ort)
         self._contract = contract
         self._steps: weakref.WeakKeyDictionary[State, dict[int, _Binding]] = weakref.WeakKeyDictionary()
         self._provider = provider

@@ -36,7 +36,8 @@ from safetensors.numpy import load_file
 
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract, to_float32
-from mamba_deploy.errors import VerifyError, require
+from mamba_deploy.errors import VerifyError
+from mamba_deploy.runtime.picture import picture
 from mamba_deploy.runtime.session import Session
 
 __all__ = [
@@ -413,24 +414,19 @@ def plot(reports: Sequence[Report], path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", extra="plot", why="draw the errors")
-    matplotlib.use("Agg")
-    pyplot = require("matplotlib.pyplot", extra="plot", why="draw the errors")
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for panel, kinds, axis in (
-        (panels[0], ("logits",), "position, prompts one after another"),
-        (panels[1], ("conv_state", "ssm_state"), "layer"),
-    ):
-        bound = 0.0
-        for report in reports:
-            for check in (c for c in report.checks if c.name.startswith(kinds)):
-                panel.plot([max(e, 1e-12) for e in check.series], marker=".", label=f"{check.name} ({report.backend})")
-                bound = check.tolerance
-        panel.axhline(bound, color="black", linestyle="--", label="allowed")
-        panel.set(yscale="log", xlabel=axis, ylabel="relative error")
-        panel.legend(fontsize="x-small")
-    figure.suptitle("Error against PyTorch")
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    finally:
-        pyplot.close(figure)
+    with picture(path, "png", why="draw the errors") as (figure, panels):
+        for panel, kinds, axis in (
+            (panels[0], ("logits",), "position, prompts one after another"),
+            (panels[1], ("conv_state", "ssm_state"), "layer"),
+        ):
+            bound = 0.0
+            for report in reports:
+                for check in (c for c in report.checks if c.name.startswith(kinds)):
+                    panel.plot(
+                        [max(e, 1e-12) for e in check.series], marker=".", label=f"{check.name} ({report.backend})"
+                    )
+                    bound = check.tolerance
+            panel.axhline(bound, color="black", linestyle="--", label="allowed")
+            panel.set(yscale="log", xlabel=axis, ylabel="relative error")
+            panel.legend(fontsize="x-small")
+        figure.suptitle("Error against PyTorch")

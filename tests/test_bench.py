@@ -741,20 +741,19 @@ def test_what_the_command_refuses_before_it_measures(bundle: Any, flags: list[st
     assert "measuring" not in done.stderr
 
 
-def test_the_command_without_matplotlib(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    done = command(bundle("mamba").path, "--plot", "speed.svg")
+@pytest.mark.parametrize(
+    ("package", "extra", "flags"),
+    [("matplotlib", "plot", ["--plot", "speed.svg"]), ("pycuda", "cuda", ["--provider", "cuda"])],
+)
+def test_the_command_without_a_package_it_needs(
+    bundle: Any, monkeypatch: pytest.MonkeyPatch, package: str, extra: str, flags: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    done = command(bundle("mamba").path, *flags)
     assert (done.exit_code, done.stdout) == (1, "")
-    assert "hint: pip install 'mamba-deploy[plot]'" in done.stderr
+    assert f"error: the Python package '{package}" in done.stderr
+    assert f"hint: pip install 'mamba-deploy[{extra}]'" in done.stderr
     assert "measuring" not in done.stderr
-
-
-def test_the_cuda_provider_needs_what_copies_on_a_gpu(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycuda", None)
-    done = command(bundle("mamba").path, "--provider", "cuda")
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert "error: the Python package 'pycuda" in done.stderr
-    assert "hint: pip install 'mamba-deploy[cuda]'" in done.stderr
 
 
 def test_the_command_on_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
