@@ -30,12 +30,24 @@ _INPUTS = {
     "MambaSelectiveScan": "x:T dt:T A:F B:T C:T D?:F z?:T dt_bias?:F ssm_state:S seq_lens:I",
     "MambaSsdScan": "x:T dt:T A:F B:T C:T D?:F dt_bias?:F ssm_state:S seq_lens:I",
     "MambaLastToken": "x:T seq_lens:I",
+    "MambaInProj": "hidden:F norm_weight:F weight:T bias?:T conv_weight:T conv_bias?:T conv_state:T seq_lens:I",
+    "MambaXProj": "x:T weight:T",
+    "MambaSelectiveUpdate": "xz:T low:T dt_weight:T A:F D?:F dt_bias?:F ssm_state:S seq_lens:I",
+    "MambaSsdUpdate": "projected:T A:F D?:F dt_bias?:F ssm_state:S seq_lens:I",
+    "MambaOutProj": "x:T norm_weight?:F weight:T bias?:T residual:F",
+    "MambaHead": "hidden:F norm_weight:F weight:T",
 }
 _OUTPUTS = {
     "MambaCausalConv1d": "y:T conv_state_out:T",
     "MambaSelectiveScan": "y:T ssm_state_out:S",
     "MambaSsdScan": "y:T ssm_state_out:S",
     "MambaLastToken": "y:T",
+    "MambaInProj": "y:T conv_state_out:T",
+    "MambaXProj": "y:T",
+    "MambaSelectiveUpdate": "y:T ssm_state_out:S",
+    "MambaSsdUpdate": "y:T ssm_state_out:S",
+    "MambaOutProj": "y:F",
+    "MambaHead": "y:F",
 }
 _PLUGIN = {"plugin_version": OpSchema.AttrType.STRING, "plugin_namespace": OpSchema.AttrType.STRING}
 OP_ATTRIBUTES = {
@@ -50,6 +62,18 @@ OP_ATTRIBUTES = {
         **_PLUGIN,
     },
     "MambaLastToken": dict(_PLUGIN),
+    "MambaInProj": {"eps": OpSchema.AttrType.FLOAT, "conv_first": OpSchema.AttrType.INT, **_PLUGIN},
+    "MambaXProj": dict(_PLUGIN),
+    "MambaSelectiveUpdate": {"norm_eps": OpSchema.AttrType.FLOAT, **_PLUGIN},
+    "MambaSsdUpdate": {
+        "dt_softplus": OpSchema.AttrType.INT,
+        "dt_min": OpSchema.AttrType.FLOAT,
+        "dt_max": OpSchema.AttrType.FLOAT,
+        "n_groups": OpSchema.AttrType.INT,
+        **_PLUGIN,
+    },
+    "MambaOutProj": {"eps": OpSchema.AttrType.FLOAT, "n_groups": OpSchema.AttrType.INT, **_PLUGIN},
+    "MambaHead": {"eps": OpSchema.AttrType.FLOAT, **_PLUGIN},
 }
 
 

@@ -24,10 +24,16 @@ from mamba_deploy.plugins.rules import OPS, Op, Tensor
 __all__ = [
     "Kernels",
     "MambaCausalConv1d",
+    "MambaHead",
+    "MambaInProj",
     "MambaLastToken",
+    "MambaOutProj",
     "MambaSampleToken",
     "MambaSelectiveScan",
+    "MambaSelectiveUpdate",
     "MambaSsdScan",
+    "MambaSsdUpdate",
+    "MambaXProj",
     "RuntimeKernels",
     "load",
 ]
@@ -131,6 +137,54 @@ class MambaLastToken(ctypes.Structure):
     _fields_ = _fields("batch length width dtype", "x seq_lens y")
 
 
+class MambaInProj(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch length width outputs channels conv_width dtype conv_first",
+        "hidden norm_weight weight bias conv_weight conv_bias conv_state seq_lens y conv_state_out",
+        floats="eps",
+    )
+
+
+class MambaXProj(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields("batch length row channels outputs dtype", "x weight y")
+
+
+class MambaSelectiveUpdate(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch length row low_row rank channels state_size dtype state_dtype",
+        "xz low dt_weight A D dt_bias ssm_state seq_lens y ssm_state_out",
+        floats="norm_eps",
+    )
+
+
+class MambaSsdUpdate(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "batch length row heads head_dim state_size groups dtype state_dtype dt_softplus skip_per_channel",
+        "projected A D dt_bias ssm_state seq_lens y ssm_state_out",
+        floats="dt_min dt_max",
+    )
+
+
+class MambaOutProj(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields("batch length channels width groups dtype", "x norm_weight weight bias residual y", floats="eps")
+
+
+class MambaHead(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields("batch length width vocab dtype", "hidden norm_weight weight y", floats="eps")
+
+
 class MambaSampleToken(ctypes.Structure):
     """As in ``mamba_kernels.h``."""
 
@@ -170,7 +224,8 @@ def _op(struct: type[ctypes.Structure], rule: Op) -> _Op:
     return _Op(struct, rule.sizes, tuple(arguments))
 
 
-_STRUCTS = (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken)
+_STEP_STRUCTS = (MambaInProj, MambaXProj, MambaSelectiveUpdate, MambaSsdUpdate, MambaOutProj, MambaHead)
+_STRUCTS = (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken, *_STEP_STRUCTS)
 _OPS = {OPS[struct.__name__].kernel: _op(struct, OPS[struct.__name__]) for struct in _STRUCTS}
 # No operator of a graph, so ``rules`` has not heard of it.
 _OPS["sample_token"] = _Op(
@@ -250,9 +305,10 @@ def _check_sizes(sizes: Mapping[str, int]) -> None:
         low, high = _LIMITS.get(symbol, (1, _INT32_MAX))
         if not low <= size <= high:
             raise PluginError(f"{symbol} is {size}: expected {low} to {high}")
-    heads, groups = sizes.get("H", 1), sizes.get("G", 1)
-    if heads % groups:
-        raise PluginError(f"n_groups is {groups}: expected a divisor of the number of heads, {heads}")
+    groups = sizes.get("G", 1)
+    for symbol, what in (("H", "heads"), ("D", "channels")):
+        if sizes.get(symbol, groups) % groups:
+            raise PluginError(f"n_groups is {groups}: expected a divisor of the number of {what}, {sizes[symbol]}")
 
 
 def _as_workspace(given: Any, needed: int) -> Array:
@@ -403,6 +459,139 @@ class Kernels:
         """``ops.last_token``: x [B, L, d], seq_lens [B], y [B, d]."""
         self._run("last_token", (x, seq_lens, y), {}, workspace, stream, dtype)
 
+    # --- the parts of a decode step, L = 1
+
+    def in_proj(
+        self,
+        hidden: Any,
+        norm_weight: Any,
+        weight: Any,
+        bias: Any,
+        conv_weight: Any,
+        conv_bias: Any,
+        conv_state: Any,
+        seq_lens: Any,
+        eps: float = 1e-5,
+        conv_first: int = 0,
+        *,
+        y: Any,
+        state_out: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+    ) -> None:
+        """``y = norm(hidden) W + bias``, and of the columns from ``conv_first`` on their causal convolution with silu.
+
+        hidden float32 [B, 1, d], norm_weight float32 [d], weight [d, M], bias [M] or None, conv_weight [C, K],
+        conv_bias [C] or None, conv_state [B, C, K-1], seq_lens [B], y [B, 1, M].
+        """
+        arrays = (hidden, norm_weight, weight, bias, conv_weight, conv_bias, conv_state, seq_lens, y, state_out)
+        self._run("in_proj", arrays, {"eps": eps, "conv_first": conv_first}, workspace, stream, dtype)
+
+    def x_proj(
+        self, x: Any, weight: Any, *, y: Any, workspace: Any = None, stream: Any = 0, dtype: str | None = None
+    ) -> None:
+        """``y = x[..., :D] W``: x [B, 1, X], weight [D, E], y [B, 1, E]."""
+        self._run("x_proj", (x, weight, y), {}, workspace, stream, dtype)
+
+    def selective_update(
+        self,
+        xz: Any,
+        low: Any,
+        dt_weight: Any,
+        A: Any,
+        D: Any,
+        dt_bias: Any,
+        ssm_state: Any,
+        seq_lens: Any,
+        norm_eps: float = -1.0,
+        *,
+        y: Any,
+        state_out: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+    ) -> None:
+        """``ops.selective_scan`` of one token with dt = low W in it. x and z are a row of xz [B, 1, 2 D], x convolved;
+        dt's input, B and C one of low [B, 1, R + 2 N]; dt_weight [R, D], A [D, N], D and dt_bias [D] or None, ssm_state
+        [B, D, N], seq_lens [B], y [B, 1, D]. norm_eps is that of a norm of each part of low, negative for none.
+        """
+        arrays = (xz, low, dt_weight, A, D, dt_bias, ssm_state, seq_lens, y, state_out)
+        self._run("selective_update", arrays, {"norm_eps": norm_eps}, workspace, stream, dtype, state_dtype)
+
+    def ssd_update(
+        self,
+        projected: Any,
+        A: Any,
+        D: Any,
+        dt_bias: Any,
+        ssm_state: Any,
+        seq_lens: Any,
+        dt_softplus: bool = True,
+        dt_min: float = 0.0,
+        dt_max: float = math.inf,
+        n_groups: int = 1,
+        *,
+        y: Any,
+        state_out: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+    ) -> None:
+        """``ops.ssd_scan`` of one token times silu(z): projected [B, 1, M] holds z, x, B, C and dt side by side, x, B
+        and C convolved; A and dt_bias [H], D [H] or [H, P], ssm_state [B, H, P, N], seq_lens [B], y [B, 1, H*P].
+        """
+        constants = {
+            "groups": n_groups,
+            "dt_softplus": int(dt_softplus),
+            "dt_min": dt_min,
+            "dt_max": dt_max,
+            "skip_per_channel": int(D is not None and len(as_array("D", D).shape) == 2),
+        }
+        arrays = (projected, A, D, dt_bias, ssm_state, seq_lens, y, state_out)
+        self._run("ssd_update", arrays, constants, workspace, stream, dtype, state_dtype)
+
+    def out_proj(
+        self,
+        x: Any,
+        norm_weight: Any,
+        weight: Any,
+        bias: Any,
+        residual: Any,
+        eps: float = 1e-5,
+        n_groups: int = 1,
+        *,
+        y: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+    ) -> None:
+        """``y = residual + norm(x) W + bias``, the norm in groups; without norm_weight x itself.
+
+        x [B, 1, D], norm_weight float32 [D] or None, weight [D, d], bias [d] or None, residual and y float32 [B, 1, d].
+        """
+        arrays = (x, norm_weight, weight, bias, residual, y)
+        self._run("out_proj", arrays, {"eps": eps, "groups": n_groups}, workspace, stream, dtype)
+
+    def head(
+        self,
+        hidden: Any,
+        norm_weight: Any,
+        weight: Any,
+        eps: float = 1e-5,
+        *,
+        y: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+    ) -> None:
+        """``y = norm(hidden) W^T``: hidden float32 [B, 1, d], norm_weight float32 [d], weight [V, d], y float32
+        [B, V].
+        """
+        self._run("head", (hidden, norm_weight, weight, y), {"eps": eps}, workspace, stream, dtype)
+
     def sample_token(
         self,
         logits: Any,
@@ -464,8 +653,8 @@ class Kernels:
         """Bytes of scratch memory that a call of these sizes needs.
 
         Args:
-            op: ``causal_conv1d``, ``selective_scan``, ``ssd_scan``, ``last_token`` or ``sample_token``.
-            dtype: Of x.
+            op: The method's name, ``ssd_scan`` say.
+            dtype: Of x, or of the weight.
             state_dtype: Of ssm_state.
             **sizes: Every size in the op's struct by its name there: batch, length, channels and so on.
         """
@@ -501,8 +690,9 @@ class Kernels:
             elif not argument.tensor.optional:
                 raise PluginError(f"{argument.name} is None: expected an array")
         types = {}
-        if "x" in arrays:
-            types["T"] = _float_dtype(arrays["x"], "dtype", dtype)
+        first = next((a.name for a in op.arguments if a.tensor.dtype == "T"), None)
+        if first is not None:
+            types["T"] = _float_dtype(arrays[first], "dtype", dtype)
         if "ssm_state" in arrays:
             types["S"] = _float_dtype(arrays["ssm_state"], "state_dtype", state_dtype)
         said = {"T": dtype is not None, "S": state_dtype is not None}

@@ -11,7 +11,20 @@ from typing import Any, NamedTuple
 
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
-__all__ = ["causal_conv1d", "last_token", "sample_token", "selective_scan", "ssd_scan", "workspace_bytes"]
+__all__ = [
+    "causal_conv1d",
+    "head",
+    "in_proj",
+    "last_token",
+    "out_proj",
+    "sample_token",
+    "selective_scan",
+    "selective_update",
+    "ssd_scan",
+    "ssd_update",
+    "workspace_bytes",
+    "x_proj",
+]
 
 _TYPES = ("float", "__half", "__nv_bfloat16")  # by their numbers in mamba_kernels.h
 _BYTES = (4, 2, 2)
@@ -270,10 +283,36 @@ def _scan_step(call: Any) -> Launch:
 
 def ssd_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
     """As the launcher in ``ssd_scan.cu``: call is its struct, workspace an address."""
-    return [_ssd_step(call)] if call.length == 1 else _ssd_prompt(call, workspace, device)
+    if call.length > 1:
+        return _ssd_prompt(call, workspace, device)
+    channels, group_row = call.heads * call.head_dim, call.groups * call.state_size
+    return [_ssd_step(call, _Places(call.x, call.B, call.C, call.dt, None, channels, group_row, call.heads, 0))]
 
 
-def _ssd_step(call: Any) -> Launch:
+def ssd_update(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``ssd_scan.cu``: call is its struct; workspace is not used."""
+    from mamba_deploy.plugins.kernels import MambaSsdScan
+
+    item, channels, states = _BYTES[call.dtype], call.heads * call.head_dim, call.groups * call.state_size
+    x = call.projected + channels * item
+    B, C = x + channels * item, x + (channels + states) * item
+    at = _Places(x, B, C, C + states * item, call.projected, *4 * [2 * channels + 2 * states + call.heads])
+    scan = MambaSsdScan(batch=call.batch, length=1, x=x, dt=at.dt, B=B, C=C)
+    for name in "heads head_dim state_size groups dtype state_dtype dt_softplus skip_per_channel dt_min dt_max".split():
+        setattr(scan, name, getattr(call, name))
+    for name in "A D dt_bias ssm_state seq_lens y ssm_state_out".split():
+        setattr(scan, name, getattr(call, name))
+    return [_ssd_step(scan, at)]
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "B", "C", "dt", "z")),
+        *((name, c_int64) for name in ("x_row", "group_row", "dt_row", "z_row")),
+    ]
+
+
+def _ssd_step(call: Any, at: _Places) -> Launch:
     N, item = call.state_size, _BYTES[call.state_dtype]
     vec, iterations = 16 // item, 1
     if N % vec == 0 and _aligned(call, "ssm_state ssm_state_out B C", 16):
@@ -294,7 +333,7 @@ def _ssd_step(call: Any) -> Launch:
     uniform = small and call.head_dim % warp_rows == 0
     types = (_TYPES[call.dtype], _TYPES[call.state_dtype])
     name = _kernel("ssd", "step_kernel", *types, vec, lanes, iterations, sets, uniform)
-    return Launch("ssd_step.cuh", name, (_ceil(_ceil(rows, warp_rows), warps),), (32 * warps,), 0, (call, by))
+    return Launch("ssd_step.cuh", name, (_ceil(_ceil(rows, warp_rows), warps),), (32 * warps,), 0, (call, at, by))
 
 
 class _Segments(ctypes.Structure):
@@ -519,6 +558,167 @@ def _divisor(divisor: int) -> _Divisor:
     return _Divisor(divisor, ((((1 << shift) - divisor) << 32) // divisor + 1) & 0xFFFFFFFF, shift)
 
 
+# --- step.cu -----------------------------------------------------------------------------------------------------
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((n, c_int32) for n in "batch inputs outputs x_stride groups conv_first conv_channels conv_width".split()),
+        *((n, c_int32) for n in ("rows", "group_size", "by_16")),
+        ("eps", ctypes.c_float),
+        *((n, c_void_p) for n in "x weight bias norm_weight residual conv_weight conv_bias conv_state".split()),
+        *((n, c_void_p) for n in ("seq_lens", "y", "conv_state_out")),
+    ]
+
+
+_STEP = "step_linear.cuh"
+_COLUMNS = 8  # rows of the batch that a tensor core takes at once
+_NORM_ROWS = 2  # that a block norms by itself
+_HEAD_THREADS, _HEAD_OUTPUTS, _HEAD_CHUNK = 256, 128, 256  # of a block
+
+
+def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``step.cu``: call is its struct, workspace an address. So are the next four."""
+    a = _Linear(
+        call.batch, call.width, call.outputs, call.width, 1, call.conv_first, call.channels, call.conv_width,
+        eps=call.eps, x=call.hidden, weight=call.weight, bias=call.bias, norm_weight=call.norm_weight,
+        conv_weight=call.conv_weight, conv_bias=call.conv_bias, conv_state=call.conv_state, seq_lens=call.seq_lens,
+        y=call.y, conv_state_out=call.conv_state_out,
+    )  # fmt: skip
+    return _linear(a, call.dtype, 0, workspace, device)
+
+
+def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    a = _Linear(call.batch, call.channels, call.outputs, call.row, 1, x=call.x, weight=call.weight, y=call.y)
+    return _linear(a, call.dtype, call.dtype, workspace, device)
+
+
+def out_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    a = _Linear(
+        call.batch, call.channels, call.width, call.channels, call.groups, eps=call.eps, x=call.x, weight=call.weight,
+        bias=call.bias, norm_weight=call.norm_weight, residual=call.residual, y=call.y,
+    )  # fmt: skip
+    return _linear(a, call.dtype, call.dtype, workspace, device)
+
+
+def _shared_stride(inputs: int) -> int:
+    return _ceil(inputs, 64) * 64 + 16
+
+
+def _layout_bytes(a: _Linear, item: int, x_item: int, ring: int, warp_outputs: int) -> int:
+    """Of shared memory, up to 8 rows."""
+    normed = a.norm_weight is not None
+    scales = 4 * _ceil(a.inputs, 4) * 4 + 64 * a.rows * a.groups if normed else 0
+    raw = _ceil(a.rows * a.inputs * x_item, 16) * 16 if x_item != item else 0
+    x = _ceil(a.rows * _shared_stride(a.inputs) * item, 16) * 16
+    return scales + raw + x + max(ring, 4 * a.rows * warp_outputs)
+
+
+def _chunk_bytes(chunk: int, rows: int, item: int) -> int:
+    return (3 if chunk <= 256 else 2) * rows * _shared_stride(chunk) * item
+
+
+def _most_rows(a: _Linear, device: Device, *sizes: int) -> int:
+    """Sets the most rows of a block whose x has room in shared memory; gives the bytes."""
+    a.rows = min(a.batch, _COLUMNS)
+    while _layout_bytes(a, *sizes) > device.shared_bytes:
+        a.rows -= 1
+    return _layout_bytes(a, *sizes)
+
+
+def _complete(a: _Linear, x_item: int) -> None:
+    """Sets what follows from the sizes and addresses."""
+    a.group_size = a.inputs // a.groups
+    a.by_16 = not (a.x_stride * x_item % 16 or a.inputs * x_item % 16 or a.x % 16)
+
+
+def _norm_apart(a: _Linear, dtype: int, x_dtype: int, workspace: int) -> tuple[list[Launch], int]:
+    """Changes ``a`` to read the norm's result, where that has a kernel of its own; that, and the dtype of x then."""
+    _complete(a, _BYTES[x_dtype])
+    if a.batch <= _NORM_ROWS or a.norm_weight is None:
+        return [], x_dtype
+    stride = _ceil(a.inputs, 32) * 32
+    a.rows = 1
+    shared = _layout_bytes(a, _BYTES[dtype], _BYTES[x_dtype], 0, 0)
+    name = _kernel("step", "norm_kernel", _TYPES[dtype], _TYPES[x_dtype])
+    arguments = (_Linear.from_buffer_copy(a), c_void_p(workspace), c_int32(stride))
+    a.x, a.x_stride, a.norm_weight, a.groups = workspace, stride, None, 1
+    _complete(a, _BYTES[dtype])
+    return [Launch(_STEP, name, (a.batch,), (256,), shared, arguments)], dtype
+
+
+def _is_wide(a: _Linear, dtype: int, device: Device) -> bool:
+    return bool(_BYTES[dtype] == 2 and a.batch > _COLUMNS and device.major >= 8 and a.norm_weight is None and a.by_16)
+
+
+def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
+    before, x_dtype = _norm_apart(a, dtype, x_dtype, workspace)
+    item = _BYTES[dtype]
+    tiles = _ceil(a.outputs, 64 // item)
+    if _is_wide(a, dtype, device):
+        cut = (8, 8, 2) if tiles >= device.multiprocessors else (8, 16, 1) if _some(tiles, device) else (4, 16, 1)
+        columns = 8 if a.batch > 4 * _COLUMNS else 4 if a.batch > 2 * _COLUMNS else 2
+        while columns > 2 and _wide_bytes(*cut, columns) > device.shared_bytes:
+            columns //= 2
+        a.rows, shared, ring = columns * _COLUMNS, _wide_bytes(*cut, columns), False
+    else:
+        columns, roomy = 1, device.major >= 8 and device.shared_bytes >= 160 << 10
+        ring = _some(tiles, device) and roomy and a.inputs >= 2048
+        cut = (4, 16, 1) if not _some(tiles, device) else (8, 16, 1) if ring else (8, 8, 1)
+        if 2 * tiles >= 3 * device.multiprocessors:
+            cut, ring = (16, 8, 1), False
+        nbytes, warps, _ = cut
+        in_ring = 8 * 4 * nbytes * 32 * warps if ring else 0
+        shared = _most_rows(a, device, item, _BYTES[x_dtype], in_ring, warps * 8 * nbytes // item)
+    nbytes, warps, groups = cut
+    name = _kernel("step", "linear_kernel", _TYPES[dtype], _TYPES[x_dtype], *cut, columns, ring)
+    grid = (_ceil(a.outputs, groups * 8 * nbytes // item), _ceil(a.batch, a.rows))
+    return [*before, Launch(_STEP, name, grid, (32 * warps * groups,), shared, (a,))]
+
+
+def _some(tiles: int, device: Device) -> bool:
+    return 3 * tiles >= device.multiprocessors
+
+
+def _wide_bytes(nbytes: int, warps: int, groups: int, columns: int) -> int:
+    rows = columns * _COLUMNS
+    return max(_chunk_bytes(16 * 2 * warps, rows, 2), 4 * rows * groups * warps * 4 * nbytes)
+
+
+def head(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    a = _Linear(
+        call.batch, call.width, call.vocab, call.width, 1, eps=call.eps, x=call.hidden, weight=call.weight,
+        norm_weight=call.norm_weight, y=call.y,
+    )  # fmt: skip
+    before, x_dtype = _norm_apart(a, call.dtype, 0, workspace)
+    columns = 1
+    if _is_wide(a, call.dtype, device):
+        columns = (
+            2 if a.batch <= 2 * _COLUMNS else 4 if a.batch <= 4 * _COLUMNS or device.shared_bytes < 104 << 10 else 8
+        )
+        a.rows = columns * _COLUMNS
+        shared = _chunk_bytes(_HEAD_CHUNK, a.rows, 2)
+    else:
+        shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[x_dtype], 0, 0)
+    name = _kernel("step", "head_kernel", _TYPES[call.dtype], _TYPES[x_dtype], columns)
+    grid = (_ceil(a.outputs, _HEAD_OUTPUTS), _ceil(a.batch, a.rows))
+    return [*before, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
+
+
+def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    most, item = 1 if call.batch == 1 else 2 if call.batch <= _COLUMNS else 4, _BYTES[call.dtype]
+    rows, warps, channels = min(most, call.batch), 16 // item, 128 // item
+    low = _ceil(rows * _shared_stride(call.rank) * item, 16) * 16
+    shared = low + 4 * _ceil(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels
+    grid = (_ceil(call.channels, channels), _ceil(call.batch, most))
+    name = _kernel("scan", "update_kernel", _TYPES[call.dtype], most)
+    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call,))]
+
+
 # --- workspace ---------------------------------------------------------------------------------------------------
 
 
@@ -529,4 +729,7 @@ def workspace_bytes(op: str, call: Any) -> int:
         floats = _scan_workspace(call)
     elif op == "ssd_scan":
         floats = _ssd_workspace(call)
+    elif op in ("in_proj", "out_proj", "head") and call.batch > _NORM_ROWS:
+        inputs = call.channels if op == "out_proj" else call.width
+        floats = _ceil(call.batch * _ceil(inputs, 32) * 32 * _BYTES[call.dtype], 4)
     return _ceil(4 * floats, 256) * 256

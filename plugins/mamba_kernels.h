@@ -74,6 +74,93 @@ typedef struct MambaLastToken {
     void* y;                 /* [B, d] T */
 } MambaLastToken;
 
+/* A layer's step of one token a row in three or four parts, L = 1 in each. Weights are [inputs, outputs], at addresses and
+ * of rows that are multiples of 16 bytes; d and D are at most some thousands, for a row of x lies in shared memory. On compute
+ * capability 9.0 and newer each part reads its weights, norms and biases while what is before it in the stream still runs:
+ * that must not write them. */
+
+/* y = norm(hidden) W + bias; of the columns [conv_first, conv_first + C) the causal convolution, with silu. */
+typedef struct MambaInProj {
+    int32_t batch, length, width, outputs, channels, conv_width; /* B, 1, d, M, C, K (2 to 8) */
+    int32_t dtype, conv_first;
+    float eps;
+    const float* hidden;      /* [B, 1, d] */
+    const float* norm_weight; /* [d] */
+    const void* weight;       /* [d, M] T */
+    const void* bias;         /* [M] T, or null */
+    const void* conv_weight;  /* [C, K] T */
+    const void* conv_bias;    /* [C] T, or null */
+    const void* conv_state;   /* [B, C, K-1] T, oldest first */
+    const int32_t* seq_lens;  /* [B] */
+    void* y;                  /* [B, 1, M] T */
+    void* conv_state_out;     /* [B, C, K-1] T */
+} MambaInProj;
+
+/* y = x W of the first D values of a row. */
+typedef struct MambaXProj {
+    int32_t batch, length, row, channels, outputs; /* B, 1, X, D, E */
+    int32_t dtype;
+    const void* x;            /* [B, 1, X] T */
+    const void* weight;       /* [D, E] T */
+    void* y;                  /* [B, 1, E] T */
+} MambaXProj;
+
+/* MambaSelectiveScan with dt = low W: x and z are a row of xz, dt's input, B and C one of low. */
+typedef struct MambaSelectiveUpdate {
+    int32_t batch, length, row, low_row, rank, channels, state_size; /* B, 1, X = 2 D, E = R + 2 N, R, D, N (1 to 256) */
+    int32_t dtype, state_dtype;
+    float norm_eps;           /* of a norm of each part of low (Falcon-Mamba); negative: none */
+    const void* xz;           /* [B, 1, 2 D] T, x convolved */
+    const void* low;          /* [B, 1, R + 2 N] T */
+    const void* dt_weight;    /* [R, D] T */
+    const float* A;           /* [D, N], negative */
+    const float* D;           /* [D], or null */
+    const float* dt_bias;     /* [D], or null */
+    const void* ssm_state;    /* [B, D, N] S */
+    const int32_t* seq_lens;  /* [B] */
+    void* y;                  /* [B, 1, D] T, gated */
+    void* ssm_state_out;      /* [B, D, N] S */
+} MambaSelectiveUpdate;
+
+/* MambaSsdScan from a row of the projection: z, x, B, C and dt side by side, the middle three convolved. */
+typedef struct MambaSsdUpdate {
+    int32_t batch, length, row, heads, head_dim, state_size, groups; /* B, 1, M = 2 H P + 2 G N + H, H, P, N, G */
+    int32_t dtype, state_dtype, dt_softplus, skip_per_channel;
+    float dt_min, dt_max;
+    const void* projected;    /* [B, 1, M] T */
+    const float* A;           /* [H], negative */
+    const float* D;           /* [H] or [H, P], or null */
+    const float* dt_bias;     /* [H], or null */
+    const void* ssm_state;    /* [B, H, P, N] S */
+    const int32_t* seq_lens;  /* [B] */
+    void* y;                  /* [B, 1, H * P] T, gated */
+    void* ssm_state_out;      /* [B, H, P, N] S */
+} MambaSsdUpdate;
+
+/* y = residual + norm(x) W + bias, the norm in groups, or x itself. */
+typedef struct MambaOutProj {
+    int32_t batch, length, channels, width, groups; /* B, 1, D, d, G */
+    int32_t dtype;
+    float eps;
+    const void* x;            /* [B, 1, D] T */
+    const float* norm_weight; /* [D], or null */
+    const void* weight;       /* [D, d] T */
+    const void* bias;         /* [d] T, or null */
+    const float* residual;    /* [B, 1, d] */
+    float* y;                 /* [B, 1, d] */
+} MambaOutProj;
+
+/* y = norm(hidden) W^T, W as an embedding is stored. */
+typedef struct MambaHead {
+    int32_t batch, length, width, vocab; /* B, 1, d, V */
+    int32_t dtype;
+    float eps;
+    const float* hidden;      /* [B, 1, d] */
+    const float* norm_weight; /* [d] */
+    const void* weight;       /* [V, d] T */
+    float* y;                 /* [B, V] */
+} MambaHead;
+
 /* Row b has been sampled i = steps[b] times, to which 1 is added. It reads uniform and writes log at [i % capacity, b],
  * which may lie in host memory that the device sees. A row with a logit that is NaN or infinite has -1 in log and 0 in
  * tokens. What is kept of the vocabulary, and the order of the filters, is that of runtime/sampling.py. */
@@ -99,6 +186,12 @@ size_t mamba_selective_scan_workspace(const MambaSelectiveScan* call);
 size_t mamba_ssd_scan_workspace(const MambaSsdScan* call);
 size_t mamba_last_token_workspace(const MambaLastToken* call);
 size_t mamba_sample_token_workspace(const MambaSampleToken* call);
+size_t mamba_in_proj_workspace(const MambaInProj* call);
+size_t mamba_x_proj_workspace(const MambaXProj* call);
+size_t mamba_selective_update_workspace(const MambaSelectiveUpdate* call);
+size_t mamba_ssd_update_workspace(const MambaSsdUpdate* call);
+size_t mamba_out_proj_workspace(const MambaOutProj* call);
+size_t mamba_head_workspace(const MambaHead* call);
 
 /* stream is a cudaStream_t. An unknown dtype or a size out of range is cudaErrorInvalidValue. */
 int mamba_causal_conv1d(const MambaCausalConv1d* call, void* workspace, void* stream);
@@ -106,6 +199,12 @@ int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* 
 int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream);
 int mamba_last_token(const MambaLastToken* call, void* workspace, void* stream);
 int mamba_sample_token(const MambaSampleToken* call, void* workspace, void* stream);
+int mamba_in_proj(const MambaInProj* call, void* workspace, void* stream);
+int mamba_x_proj(const MambaXProj* call, void* workspace, void* stream);
+int mamba_selective_update(const MambaSelectiveUpdate* call, void* workspace, void* stream);
+int mamba_ssd_update(const MambaSsdUpdate* call, void* workspace, void* stream);
+int mamba_out_proj(const MambaOutProj* call, void* workspace, void* stream);
+int mamba_head(const MambaHead* call, void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

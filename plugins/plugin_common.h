@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "mamba_kernels.h"
 
@@ -59,6 +60,9 @@ struct Attributes {
     int32_t n_groups = 1;
     int32_t chunk_size = 256;  // a hint, which the kernels do without
     int32_t given_inputs = 0;
+    float eps = 1e-5f;
+    float norm_eps = -1.0f;
+    int32_t conv_first = 0;
 };
 
 struct Attribute {
@@ -74,6 +78,9 @@ constexpr Attribute kDT_MIN{"dt_min", PluginFieldType::kFLOAT32, offsetof(Attrib
 constexpr Attribute kDT_MAX{"dt_max", PluginFieldType::kFLOAT32, offsetof(Attributes, dt_max), 0, 0};
 constexpr Attribute kN_GROUPS{"n_groups", PluginFieldType::kINT32, offsetof(Attributes, n_groups), 1, INT32_MAX};
 constexpr Attribute kCHUNK_SIZE{"chunk_size", PluginFieldType::kINT32, offsetof(Attributes, chunk_size), 1, INT32_MAX};
+constexpr Attribute kEPS{"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, eps), 0, 0};
+constexpr Attribute kNORM_EPS{"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), 0, 0};
+constexpr Attribute kCONV_FIRST{"conv_first", PluginFieldType::kINT32, offsetof(Attributes, conv_first), 0, INT32_MAX};
 constexpr Attribute kGIVEN{"given_inputs", PluginFieldType::kINT32, offsetof(Attributes, given_inputs), 1, kALL_INPUTS};
 
 constexpr char const* kACTIVATIONS[] = {"none", "silu"};  // by their numbers in mamba_kernels.h
@@ -125,6 +132,36 @@ inline MambaLastToken last_call(Call const& c) {
     return {c['B'], c['L'], c['d'], c.dtype, c.in[0], c.integers(1), c.out[0]};
 }
 
+inline MambaInProj in_proj_call(Call const& c) {
+    return {c['B'], c['L'], c['d'], c['M'], c['C'], c['K'], c.dtype, c.attributes.conv_first, c.attributes.eps,
+            c.floats(0), c.floats(1), c.in[2], c.in[3], c.in[4], c.in[5], c.in[6], c.integers(7), c.out[0], c.out[1]};
+}
+
+inline MambaXProj x_proj_call(Call const& c) {
+    return {c['B'], c['L'], c['X'], c['D'], c['E'], c.dtype, c.in[0], c.in[1], c.out[0]};
+}
+
+inline MambaSelectiveUpdate selective_update_call(Call const& c) {
+    return {c['B'], c['L'], c['X'], c['E'], c['R'], c['D'], c['N'], c.dtype, c.state_dtype, c.attributes.norm_eps,
+            c.in[0], c.in[1], c.in[2], c.floats(3), c.floats(4), c.floats(5), c.in[6], c.integers(7), c.out[0], c.out[1]};
+}
+
+inline MambaSsdUpdate ssd_update_call(Call const& c) {
+    return {c['B'], c['L'], c['M'], c['H'], c['P'], c['N'], c.attributes.n_groups, c.dtype, c.state_dtype,
+            c.attributes.dt_softplus, c.skip_rank == 2, c.attributes.dt_min, c.attributes.dt_max,
+            c.in[0], c.floats(1), c.floats(2), c.floats(3), c.in[4], c.integers(5), c.out[0], c.out[1]};
+}
+
+inline MambaOutProj out_proj_call(Call const& c) {
+    return {c['B'], c['L'], c['D'], c['d'], c.attributes.n_groups, c.dtype, c.attributes.eps,
+            c.in[0], c.floats(1), c.in[2], c.in[3], c.floats(4), static_cast<float*>(c.out[0])};
+}
+
+inline MambaHead head_call(Call const& c) {
+    return {c['B'], c['L'], c['d'], c['V'], c.dtype, c.attributes.eps,
+            c.floats(0), c.floats(1), c.in[2], static_cast<float*>(c.out[0])};
+}
+
 template <auto make, auto workspace>
 size_t workspace_of(Call const& call) {
     auto const kernel = make(call);
@@ -174,8 +211,54 @@ inline constexpr Op kOPS[] = {
      1, {{"y", 'T', "Bd"}},
      1, {kGIVEN},
      workspace_of<last_call, mamba_last_token_workspace>, launch_of<last_call, mamba_last_token>},
+    {"MambaInProj",
+     8, {{"hidden", 'F', "BLd"}, {"norm_weight", 'F', "d"}, {"weight", 'T', "dM"}, {"bias", 'T', "M", true},
+         {"conv_weight", 'T', "CK"}, {"conv_bias", 'T', "C", true}, {"conv_state", 'T', "BCk"}, {"seq_lens", 'I', "B"}},
+     2, {{"y", 'T', "BLM"}, {"conv_state_out", 'T', "BCk"}},
+     3, {kEPS, kCONV_FIRST, kGIVEN},
+     workspace_of<in_proj_call, mamba_in_proj_workspace>, launch_of<in_proj_call, mamba_in_proj>},
+    {"MambaXProj",
+     2, {{"x", 'T', "BLX"}, {"weight", 'T', "DE"}},
+     1, {{"y", 'T', "BLE"}},
+     1, {kGIVEN},
+     workspace_of<x_proj_call, mamba_x_proj_workspace>, launch_of<x_proj_call, mamba_x_proj>},
+    {"MambaSelectiveUpdate",
+     8, {{"xz", 'T', "BLX"}, {"low", 'T', "BLE"}, {"dt_weight", 'T', "RD"}, {"A", 'F', "DN"}, {"D", 'F', "D", true},
+         {"dt_bias", 'F', "D", true}, {"ssm_state", 'S', "BDN"}, {"seq_lens", 'I', "B"}},
+     2, {{"y", 'T', "BLD"}, {"ssm_state_out", 'S', "BDN"}},
+     2, {kNORM_EPS, kGIVEN},
+     workspace_of<selective_update_call, mamba_selective_update_workspace>,
+     launch_of<selective_update_call, mamba_selective_update>},
+    {"MambaSsdUpdate",
+     6, {{"projected", 'T', "BLM"}, {"A", 'F', "H"}, {"D", 'F', "H", true, "HP"}, {"dt_bias", 'F', "H", true},
+         {"ssm_state", 'S', "BHPN"}, {"seq_lens", 'I', "B"}},
+     2, {{"y", 'T', "BLi"}, {"ssm_state_out", 'S', "BHPN"}},
+     5, {kDT_SOFTPLUS, kDT_MIN, kDT_MAX, kN_GROUPS, kGIVEN},
+     workspace_of<ssd_update_call, mamba_ssd_update_workspace>, launch_of<ssd_update_call, mamba_ssd_update>},
+    {"MambaOutProj",
+     5, {{"x", 'T', "BLD"}, {"norm_weight", 'F', "D", true}, {"weight", 'T', "Dd"}, {"bias", 'T', "d", true},
+         {"residual", 'F', "BLd"}},
+     1, {{"y", 'F', "BLd"}},
+     3, {kEPS, kN_GROUPS, kGIVEN},
+     workspace_of<out_proj_call, mamba_out_proj_workspace>, launch_of<out_proj_call, mamba_out_proj>},
+    {"MambaHead",
+     3, {{"hidden", 'F', "BLd"}, {"norm_weight", 'F', "d"}, {"weight", 'T', "Vd"}},
+     1, {{"y", 'F', "BV"}},
+     2, {kEPS, kGIVEN},
+     workspace_of<head_call, mamba_head_workspace>, launch_of<head_call, mamba_head>},
 };
 constexpr int32_t kN_OPS = sizeof kOPS / sizeof kOPS[0];
+
+// A creator of each operator, as TensorRT wants them.
+template <typename Creator, typename Interface>
+struct Creators {
+    Creators() : Creators(std::make_index_sequence<kN_OPS>{}) {}
+    template <size_t... i>
+    explicit Creators(std::index_sequence<i...>) : made{Creator(kOPS[i])...}, pointers{&made[i]...} {}
+
+    Creator made[kN_OPS];
+    Interface* pointers[kN_OPS];
+};
 
 // --- one node: an operator, its attributes, and the inputs that are there -------------------------------------------
 
@@ -201,8 +284,8 @@ public:
             fields[i] = field(op.attributes[i]);
         }
         auto const& a = attributes;
-        std::snprintf(timing_id, sizeof timing_id, "%s %d %d %a %a %d %d", op.name, a.activation, a.dt_softplus,
-                      a.dt_min, a.dt_max, a.n_groups, a.given_inputs);
+        std::snprintf(timing_id, sizeof timing_id, "%s %d %d %a %a %d %d %a %a %d", op.name, a.activation, a.dt_softplus,
+                      a.dt_min, a.dt_max, a.n_groups, a.given_inputs, a.eps, a.norm_eps, a.conv_first);
     }
     Node(Node const& other) : Node(other.op, other.attributes) {}
     Node& operator=(Node const&) = delete;
@@ -252,15 +335,21 @@ public:
         return position == first ? float_code(type) >= 0 : type == type_of(first);
     }
 
-    // Exprs is DimsExprs, whose elements point to what is not known yet.
-    template <typename Exprs>
-    Exprs output_shape(int32_t output, Exprs const* inputs) const {
+    // Exprs is DimsExprs, whose elements point to what is not known yet; builder multiplies them.
+    template <typename Exprs, typename Builder>
+    Exprs output_shape(int32_t output, Exprs const* inputs, Builder& builder) const {
         char const* const axes = op.outputs[output].axes;
+        auto const size = [&](char symbol) {
+            int32_t index = 0, axis = 0;
+            find(symbol, index, axis);
+            return index < n_given ? inputs[index].d[axis] : nullptr;
+        };
         Exprs shape{};
         for (; axes[shape.nbDims]; ++shape.nbDims) {
-            int32_t index = 0, axis = 0;
-            find(axes[shape.nbDims], index, axis);
-            shape.d[shape.nbDims] = inputs[index].d[axis];
+            char const symbol = axes[shape.nbDims];
+            auto const* found = size(symbol);
+            if (!found) found = builder.operation(nvinfer1::DimensionOperation::kPROD, *size('H'), *size('P'));
+            shape.d[shape.nbDims] = found;
         }
         return shape;
     }
@@ -302,7 +391,7 @@ public:
     Op const& op;
     Attributes const attributes;
     int32_t n_given = 0;
-    char timing_id[96];
+    char timing_id[160];
     PluginField fields[6];  // the attributes, to be serialized
 
 private:
@@ -336,7 +425,7 @@ private:
             }
             if (input(i).other_axes) call.skip_rank = dims.nbDims;
             if (input(i).type == 'S') call.state_dtype = float_code(desc.type);
-            if (i == 0) call.dtype = float_code(desc.type);
+            if (input(i).type == 'T' && i == input_of_type('T')) call.dtype = float_code(desc.type);
         }
         return true;
     }

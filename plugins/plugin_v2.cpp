@@ -39,10 +39,10 @@ public:
         return inputs[right ? node_.input_of_type(node_.op.outputs[output].type) : 0];
     }
     DimsExprs getOutputDimensions(
-        int32_t output, DimsExprs const* inputs, int32_t nbInputs, IExprBuilder&) noexcept override {
+        int32_t output, DimsExprs const* inputs, int32_t nbInputs, IExprBuilder& builder) noexcept override {
         bool const right = node_.counts(nbInputs, node_.op.n_outputs) &&
                            node_.ranks([=](int32_t i) { return inputs[i].nbDims; });
-        return right ? node_.output_shape(output, inputs) : DimsExprs{-1, {}};
+        return right ? node_.output_shape(output, inputs, builder) : DimsExprs{-1, {}};
     }
     bool supportsFormatCombination(
         int32_t position, PluginTensorDesc const* tensors, int32_t nbInputs, int32_t nbOutputs) noexcept override {
@@ -111,9 +111,8 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(ILoggerFi
 #endif
 
 extern "C" __attribute__((visibility("default"))) IPluginCreator* const* getPluginCreators(int32_t& count) {
-    static Creator creators[] = {Creator(mamba_plugin::kOPS[0]), Creator(mamba_plugin::kOPS[1]),
-                                 Creator(mamba_plugin::kOPS[2]), Creator(mamba_plugin::kOPS[3])};
-    static IPluginCreator* const pointers[] = {&creators[0], &creators[1], &creators[2], &creators[3]};
+    using Creators = mamba_plugin::Creators<Creator, IPluginCreator>;
+    static Creators creators;
     count = mamba_plugin::kN_OPS;
-    return pointers;
+    return creators.pointers;
 }

@@ -47,9 +47,9 @@ public:
         return 0;
     }
     int32_t getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t, DimsExprs* outputs,
-                            int32_t nbOutputs, IExprBuilder&) noexcept override {
+                            int32_t nbOutputs, IExprBuilder& builder) noexcept override {
         if (!node_.counts(nbInputs, nbOutputs) || !node_.ranks([=](int32_t i) { return inputs[i].nbDims; })) return -1;
-        for (int32_t i = 0; i < nbOutputs; ++i) outputs[i] = node_.output_shape(i, inputs);
+        for (int32_t i = 0; i < nbOutputs; ++i) outputs[i] = node_.output_shape(i, inputs, builder);
         return 0;
     }
     bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t nbInputs,
@@ -126,9 +126,8 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(ILoggerFi
 }
 
 extern "C" __attribute__((visibility("default"))) IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static Creator creators[] = {Creator(mamba_plugin::kOPS[0]), Creator(mamba_plugin::kOPS[1]),
-                                 Creator(mamba_plugin::kOPS[2]), Creator(mamba_plugin::kOPS[3])};
-    static IPluginCreatorInterface* const pointers[] = {&creators[0], &creators[1], &creators[2], &creators[3]};
+    using Creators = mamba_plugin::Creators<Creator, IPluginCreatorInterface>;
+    static Creators creators;
     count = mamba_plugin::kN_OPS;
-    return pointers;
+    return creators.pointers;
 }

@@ -91,7 +91,8 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
             return self.node.output_dtypes(inputs)
 
         def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-            shapes = self.node.output_shapes([[dims[i] for i in range(len(dims))] for dims in inputs])
+            known = [[dims[i] for i in range(len(dims))] for dims in inputs]
+            shapes = self.node.output_shapes(known, lambda a, b: builder.operation(trt.DimensionOperation.PROD, a, b))
             return [_expressions(trt, shape) for shape in shapes]
 
         def supports_format_combination(self, position: int, tensors: Sequence[Any], n_inputs: int) -> bool:

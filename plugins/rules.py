@@ -7,7 +7,9 @@ known yet, and dtypes are names: ``float32``, ``float16``, ``bfloat16``, ``int32
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 from mamba_deploy.errors import PluginError
@@ -99,6 +101,79 @@ OPS: Mapping[str, Op] = {
         {},
         {"B": "batch", "L": "length", "d": "width"},
     ),
+    # The parts of a decode step, L = 1.
+    "MambaInProj": Op(
+        "in_proj",
+        _tensors(
+            "hidden:float32:B,L,d norm_weight:float32:d weight:T:d,M bias?:T:M conv_weight:T:C,K conv_bias?:T:C "
+            "conv_state:T:B,C,K-1 seq_lens:int32:B"
+        ),
+        _tensors("y:T:B,L,M conv_state_out:T:B,C,K-1"),
+        {"eps": 1e-5, "conv_first": 0},
+        {"B": "batch", "L": "length", "d": "width", "M": "outputs", "C": "channels", "K": "conv_width"},
+    ),
+    "MambaXProj": Op(
+        "x_proj",
+        _tensors("x:T:B,L,X weight:T:D,E"),
+        _tensors("y:T:B,L,E"),
+        {},
+        {"B": "batch", "L": "length", "X": "row", "D": "channels", "E": "outputs"},
+    ),
+    "MambaSelectiveUpdate": Op(
+        "selective_update",
+        _tensors(
+            "xz:T:B,L,X low:T:B,L,E dt_weight:T:R,D A:float32:D,N D?:float32:D dt_bias?:float32:D ssm_state:S:B,D,N "
+            "seq_lens:int32:B"
+        ),
+        _tensors("y:T:B,L,D ssm_state_out:S:B,D,N"),
+        {"norm_eps": -1.0},
+        {
+            "B": "batch",
+            "L": "length",
+            "X": "row",
+            "E": "low_row",
+            "R": "rank",
+            "D": "channels",
+            "N": "state_size",
+        },
+    ),
+    "MambaSsdUpdate": Op(
+        "ssd_update",
+        _tensors(
+            "projected:T:B,L,M A:float32:H D?:float32:H|H,P dt_bias?:float32:H ssm_state:S:B,H,P,N seq_lens:int32:B"
+        ),
+        _tensors("y:T:B,L,H*P ssm_state_out:S:B,H,P,N"),
+        {"dt_softplus": 1, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1},
+        {
+            "B": "batch",
+            "L": "length",
+            "M": "row",
+            "H": "heads",
+            "P": "head_dim",
+            "N": "state_size",
+            "G": "groups",
+        },
+    ),
+    "MambaOutProj": Op(
+        "out_proj",
+        _tensors("x:T:B,L,D norm_weight?:float32:D weight:T:D,d bias?:T:d residual:float32:B,L,d"),
+        _tensors("y:float32:B,L,d"),
+        {"eps": 1e-5, "n_groups": 1},
+        {
+            "B": "batch",
+            "L": "length",
+            "D": "channels",
+            "d": "width",
+            "G": "groups",
+        },
+    ),
+    "MambaHead": Op(
+        "head",
+        _tensors("hidden:float32:B,L,d norm_weight:float32:d weight:T:V,d"),
+        _tensors("y:float32:B,V"),
+        {"eps": 1e-5},
+        {"B": "batch", "L": "length", "d": "width", "V": "vocab"},
+    ),
 }
 _RANGES = {"dt_softplus": (0, 1), "n_groups": (1, _INT32_MAX), "chunk_size": (1, _INT32_MAX)}
 
@@ -170,14 +245,20 @@ class Node:
     def _first(self, dtype: str) -> int:
         return next(i for i, tensor in enumerate(self.inputs) if tensor.dtype == dtype)
 
-    def output_shapes(self, shapes: Sequence[Sequence[_Element]]) -> list[list[_Element]]:
-        """Of the inputs' shapes, whose elements may be sizes or expressions."""
+    def output_shapes(
+        self, shapes: Sequence[Sequence[_Element]], multiply: Callable[[Any, Any], Any] = operator.mul
+    ) -> list[list[_Element]]:
+        """Of the inputs' shapes, whose elements may be sizes or expressions, which ``multiply`` multiplies."""
         self.check_count(len(shapes))
         axes: dict[str, _Element] = {}
         for tensor, shape in zip(self.inputs, shapes, strict=True):
             for axis, element in zip(tensor.axes_of(len(shape)), shape, strict=True):
                 axes.setdefault(axis, element)
-        return [[axes[axis] for axis in output.axes] for output in self.op.outputs]
+
+        def size(axis: str) -> Any:
+            return axes[axis] if axis in axes else reduce(multiply, (axes[symbol] for symbol in axis.split("*")))
+
+        return [[size(axis) for axis in output.axes] for output in self.op.outputs]
 
     def sizes(self, shapes: Sequence[Sequence[int]], *, agree: bool = True) -> dict[str, int]:
         """Sizes of a call by the kernel's names for them, from the inputs' shapes; those not known are left out.

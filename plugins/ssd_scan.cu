@@ -10,6 +10,7 @@
 #include "ssd_prompt.cuh"
 #include "ssd_recurrent.cuh"
 #include "ssd_step.cuh"
+#include "step_common.cuh"
 
 namespace mamba {
 namespace ssd {
@@ -66,8 +67,18 @@ Divisor make_divisor(int64_t divisor) {
     return by;
 }
 
+// How a step is launched: where its tokens lie, and whether it starts early.
+template <typename T>
+struct StepCall {
+    const MambaSsdScan& a;
+    StepPlaces<T> at;
+    bool apart, early;
+    cudaStream_t stream;
+};
+
 template <typename T, typename S, int VEC, int LANES, int ITERS, int SETS>
-cudaError_t step(const MambaSsdScan& a, int warps, cudaStream_t stream) {
+cudaError_t step(const StepCall<T>& call, int warps) {
+    const MambaSsdScan& a = call.a;
     constexpr int kWarpRows = SETS * 32 / LANES;
     const int64_t rows = heads_of(a) * a.head_dim, blocks = ceil_div(ceil_div(rows, kWarpRows), warps);
     if (blocks > INT_MAX) return cudaErrorInvalidValue;
@@ -80,34 +91,37 @@ cudaError_t step(const MambaSsdScan& a, int warps, cudaStream_t stream) {
     const bool uniform = by.small && a.head_dim % kWarpRows == 0;
     const auto kernel = uniform ? step_kernel<T, S, VEC, LANES, ITERS, SETS, true>
                                 : step_kernel<T, S, VEC, LANES, ITERS, SETS, false>;
-    return launch(kernel, dim3(static_cast<unsigned>(blocks)), 32 * warps, 0, stream, a, by);
+    if (call.apart && !uniform) return cudaErrorInvalidValue;
+    return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), 32 * warps, 0, call.early, call.stream, a, call.at, by);
 }
 
 // Many states: more of them a warp, and small blocks, whose ends leave no gaps. Few: as many warps as there are.
 template <typename T, typename S, int VEC, int LANES, int ITERS>
-cudaError_t step(const MambaSsdScan& a, cudaStream_t stream) {
+cudaError_t step(const StepCall<T>& call) {
+    const MambaSsdScan& a = call.a;
     const int64_t bytes = heads_of(a) * a.head_dim * a.state_size * static_cast<int64_t>(sizeof(S));
-    if (bytes >= 64 << 20) return step<T, S, VEC, LANES, ITERS, 4>(a, 2, stream);
-    return step<T, S, VEC, LANES, ITERS, 2>(a, 8, stream);
+    if (bytes >= 64 << 20) return step<T, S, VEC, LANES, ITERS, 4>(call, 2);
+    return step<T, S, VEC, LANES, ITERS, 2>(call, 8);
 }
 
 template <typename T, typename S>
-cudaError_t step(const MambaSsdScan& a, cudaStream_t stream) {
+cudaError_t step(const StepCall<T>& call) {
+    const MambaSsdScan& a = call.a;
     constexpr int kVec = 16 / sizeof(S);
     const int N = a.state_size;
-    const bool aligned = is_aligned(a.ssm_state, 16) && is_aligned(a.ssm_state_out, 16) && is_aligned(a.B, 16) &&
-                         is_aligned(a.C, 16);
+    const bool aligned = is_aligned(a.ssm_state, 16) && is_aligned(a.ssm_state_out, 16) && is_aligned(call.at.B, 16) &&
+                         is_aligned(call.at.C, 16);
     if (N % kVec == 0 && aligned) {
-        if (N <= 4 * kVec) return step<T, S, kVec, 4, 1>(a, stream);
-        if (N <= 8 * kVec) return step<T, S, kVec, 8, 1>(a, stream);
-        if (N <= 16 * kVec) return step<T, S, kVec, 16, 1>(a, stream);
-        if (N <= 32 * kVec) return step<T, S, kVec, 32, 1>(a, stream);
-        return step<T, S, kVec, 32, sizeof(S) == 4 ? 2 : 1>(a, stream);
+        if (N <= 4 * kVec) return step<T, S, kVec, 4, 1>(call);
+        if (N <= 8 * kVec) return step<T, S, kVec, 8, 1>(call);
+        if (N <= 16 * kVec) return step<T, S, kVec, 16, 1>(call);
+        if (N <= 32 * kVec) return step<T, S, kVec, 32, 1>(call);
+        return step<T, S, kVec, 32, sizeof(S) == 4 ? 2 : 1>(call);
     }
-    if (N <= 32) return step<T, S, 1, 8, 4>(a, stream);
-    if (N <= 64) return step<T, S, 1, 16, 4>(a, stream);
-    if (N <= 128) return step<T, S, 1, 32, 4>(a, stream);
-    return step<T, S, 1, 32, 8>(a, stream);
+    if (N <= 32) return step<T, S, 1, 8, 4>(call);
+    if (N <= 64) return step<T, S, 1, 16, 4>(call);
+    if (N <= 128) return step<T, S, 1, 32, 4>(call);
+    return step<T, S, 1, 32, 8>(call);
 }
 
 // --- prompts
@@ -314,7 +328,11 @@ template <typename T>
 cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
     if (a.length == 1) {
         cudaError_t error = cudaErrorInvalidValue;
-        with_dtype(a.state_dtype, [&](auto s) { error = step<T, decltype(s)>(a, stream); });
+        const auto at = [](const void* p) { return static_cast<const T*>(p); };
+        const int64_t channels = int64_t{a.heads} * a.head_dim, group_row = int64_t{a.groups} * a.state_size;
+        const StepPlaces<T> places = {at(a.x), at(a.B), at(a.C), at(a.dt), nullptr, channels, group_row, a.heads, 0};
+        const StepCall<T> call = {a, places, false, false, stream};
+        with_dtype(a.state_dtype, [&](auto s) { error = step<T, decltype(s)>(call); });
         return error;
     }
     Device device;
@@ -339,6 +357,32 @@ cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
     return recurrent<T>(a, device, workspace, stream);
 }
 
+// Of a row of the projection: z, x, B, C, dt side by side.
+template <typename T>
+cudaError_t step(const MambaSsdUpdate& c, cudaStream_t stream) {
+    Device device;
+    cudaError_t error = device.read();
+    if (error != cudaSuccess) return error;
+    const int64_t channels = int64_t{c.heads} * c.head_dim, states = int64_t{c.groups} * c.state_size;
+    const int64_t row = 2 * channels + 2 * states + c.heads;
+    const T* const x = static_cast<const T*>(c.projected) + channels;
+    const StepPlaces<T> at = {x, x + channels, x + channels + states, x + channels + 2 * states, x - channels,
+                              row, row, row, row};
+    const MambaSsdScan a = {
+        c.batch, 1, c.heads, c.head_dim, c.state_size, c.groups, c.dtype, c.state_dtype, c.dt_softplus,
+        c.skip_per_channel, c.dt_min, c.dt_max, at.x, at.dt, c.A, at.B, at.C, c.D, c.dt_bias, c.ssm_state, c.seq_lens,
+        c.y, c.ssm_state_out};
+    const auto by_16 = [](int64_t values) { return values * sizeof(T) % 16 == 0; };
+    if (!is_valid(a) || c.length != 1 || c.row != row || !mamba::is_aligned(c.projected, 16) || !by_16(row) ||
+        !by_16(channels) || !by_16(states)) {
+        return cudaErrorInvalidValue;
+    }
+    const StepCall<T> call = {a, at, true, device.major >= 9, stream};
+    error = cudaErrorInvalidValue;
+    with_dtype(c.state_dtype, [&](auto s) { error = step<T, decltype(s)>(call); });
+    return error;
+}
+
 }  // namespace
 }  // namespace ssd
 }  // namespace mamba
@@ -356,6 +400,16 @@ extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* s
     cudaError_t error = cudaErrorInvalidValue;
     mamba::with_dtype(call->dtype, [&](auto t) {
         error = scan<decltype(t)>(*call, workspace, static_cast<cudaStream_t>(stream));
+    });
+    return error;
+}
+
+extern "C" size_t mamba_ssd_update_workspace(const MambaSsdUpdate*) { return 0; }
+
+extern "C" int mamba_ssd_update(const MambaSsdUpdate* call, void*, void* stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    mamba::with_dtype(call->dtype, [&](auto t) {
+        error = mamba::ssd::step<decltype(t)>(*call, static_cast<cudaStream_t>(stream));
     });
     return error;
 }

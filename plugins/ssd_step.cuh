@@ -11,6 +11,7 @@
 #pragma once
 
 #include "ssd_common.cuh"
+#include "step_common.cuh"
 
 namespace mamba {
 namespace ssd {
@@ -32,6 +33,13 @@ struct StepDivisors {
     int small;      // all numerators are below 2^31
 };
 
+// Where a token's values lie: of x and z at [b * row + h * P + p], of B and C at [b * row + g * N + n], of dt at [b * row + h].
+template <typename T>
+struct StepPlaces {
+    const T *x, *B, *C, *dt, *z;  // z, a gate of y, may be null
+    int64_t x_row, group_row, dt_row, z_row;
+};
+
 // What the rows of one head have in common, of B and C a lane's share.
 template <typename T, int VEC, int ITERS>
 struct StepHead {
@@ -40,10 +48,9 @@ struct StepHead {
     bool used;
 
     __device__ __forceinline__ void load(
-        const MambaSsdScan& a, const StepDivisors& by, int64_t b, int h, int n0, int stride) {
-        const int64_t group = b * a.groups + by.group.divide(h);
-        const T* b_row = static_cast<const T*>(a.B) + group * a.state_size;
-        const T* c_row = static_cast<const T*>(a.C) + group * a.state_size;
+        const MambaSsdScan& a, const StepPlaces<T>& at, const StepDivisors& by, int64_t b, int h, int n0, int stride) {
+        const int64_t group = b * at.group_row + by.group.divide(h) * a.state_size;
+        const T *b_row = at.B + group, *c_row = at.C + group;
 #pragma unroll
         for (int i = 0; i < ITERS; i++) {
             const int n = n0 + i * stride;
@@ -52,7 +59,7 @@ struct StepHead {
                 C[i].load(c_row + n);
             }
         }
-        const float dt = to_float(load_constant(static_cast<const T*>(a.dt) + b * a.heads + h));
+        const float dt = to_float(load_constant(at.dt + b * at.dt_row + h));
         const float A = __ldg(a.A + h), bias = a.dt_bias == nullptr ? 0.0f : __ldg(a.dt_bias + h);
         used = __ldg(a.seq_lens + b) > 0;
         delta = step_size(a, dt, bias);
@@ -61,9 +68,10 @@ struct StepHead {
 };
 
 // VEC: values of the state a lane loads at once, 16 bytes or one. LANES * VEC * ITERS >= N. UNIFORM: a warp's rows are
-// of one head, which saves all but one load of B and C.
+// of one head, which saves all but one load of B and C; only then may tokens be apart and have gates.
 template <typename T, typename S, int VEC, int LANES, int ITERS, int SETS, bool UNIFORM>
-__global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdScan a, const StepDivisors by) {
+__global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdScan a, const StepPlaces<T> at,
+                                                                 const StepDivisors by) {
     constexpr int kRows = 32 / LANES;  // of a set
     const int lane = static_cast<int>(threadIdx.x) % LANES;
     const int row = static_cast<int>(threadIdx.x) % 32 / LANES;
@@ -75,6 +83,17 @@ __global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdSca
     const S* states = static_cast<const S*>(a.ssm_state) + first * N + lane * VEC;
     S* states_out = static_cast<S*>(a.ssm_state_out) + first * N + lane * VEC;
     const int set_stride = kRows * N;
+    if (UNIFORM && at.z != nullptr) {  // in a decode step: what is waited for takes longer than this
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+#pragma unroll
+            for (int i = 0; i < ITERS; i++) {
+                if (lane % 8 == 0 && (lane + i * LANES) * VEC < N) prefetch(states + s * set_stride + i * LANES * VEC);
+            }
+        }
+    }
+    let_next_start();
+    wait_for_previous();
 
     Neighbours<S, VEC> state[SETS][ITERS];
 #pragma unroll
@@ -109,23 +128,28 @@ __global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdSca
         const uint32_t of_row = by.heads.divide(of_head);
         h = of_head - of_row * a.heads;
         b = of_row;
-        head.load(a, by, b, h, lane * VEC, LANES * VEC);
+        head.load(a, at, by, b, h, lane * VEC, LANES * VEC);
     }
-    const T* xs = static_cast<const T*>(a.x) + first;
+    const int64_t of_head = int64_t{h} * a.head_dim + p;
+    const T* const xs = UNIFORM ? at.x + b * at.x_row + of_head : at.x + first;
     float x[SETS], y[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         x[s] = UNIFORM || first + s * kRows < rows ? to_float(load_constant(xs + s * kRows)) : 0.0f;
     }
     float skip = 0.0f;  // of the row this lane writes
-    if (UNIFORM && lane < SETS) skip = skip_of(a, h, p + lane * kRows);
+    float gate = 1.0f;
+    if (UNIFORM && lane < SETS) {
+        skip = skip_of(a, h, p + lane * kRows);
+        if (at.z != nullptr) gate = silu(to_float(at.z[b * at.z_row + of_head + lane * kRows]));
+    }
 
     float out = 0.0f;
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
         if (!UNIFORM) {
             find(min(first + s * kRows, rows - 1));
-            head.load(a, by, b, h, lane * VEC, LANES * VEC);
+            head.load(a, at, by, b, h, lane * VEC, LANES * VEC);
             if (lane == s) skip = skip_of(a, h, p);
         }
         y[s] = 0.0f;
@@ -151,7 +175,7 @@ __global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdSca
         if (lane == s) out = head.used ? fmaf(skip, x[s], y[s]) : 0.0f;
     }
     T* ys = static_cast<T*>(a.y) + first;
-    if (lane < SETS && first + lane * kRows < rows) ys[lane * kRows] = from_float<T>(out);
+    if (lane < SETS && first + lane * kRows < rows) ys[lane * kRows] = from_float<T>(out * gate);
 }
 
 }  // namespace ssd

@@ -8,6 +8,9 @@
 
 namespace mamba {
 
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -28,9 +31,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                  : "r"(row)
                  : "memory");
 }
-
-template <typename T>
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
 __device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -54,6 +54,19 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
                  :
                  : "r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
+}
+
+// 4, 8 or 16 bytes.
+template <int BYTES>
+__device__ __forceinline__ void copy_async_whole(void* to, const void* from) {
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     :
+                     : "r"(shared_address(to)), "l"(from), "n"(BYTES)
+                     : "memory");
+    }
 }
 
 // This thread's copies since the last call become a group.

@@ -37,7 +37,7 @@ OURS_ALLOWED = {
     },
 }
 OURS_ALLOWED_LAZILY = {"mamba_deploy.runtime.session": {"mamba_deploy.exporters.reference"}}
-TORCH_ALLOWED = {"mamba_deploy.checkpoint", "mamba_deploy.model", "mamba_deploy.ops"}
+TORCH_ALLOWED = {"mamba_deploy.checkpoint", "mamba_deploy.model", "mamba_deploy.ops", "mamba_deploy.step_ops"}
 RUNTIME_NEVER = {"onnx", "onnx_ir", "onnxscript", "torch", "transformers"}
 CUDA = {"cuda", "pycuda"}
 HEAVY = {"huggingface_hub", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "scipy", "tokenizers"} | {

@@ -32,7 +32,15 @@ OPS = {
     "last_token": kernels.MambaLastToken,
 }
 BY_OP = pytest.mark.parametrize("op", OPS)
-STRUCTS = {**OPS, "sample_token": kernels.MambaSampleToken}  # which is no op of a graph
+STEP = {
+    "in_proj": kernels.MambaInProj,
+    "x_proj": kernels.MambaXProj,
+    "selective_update": kernels.MambaSelectiveUpdate,
+    "ssd_update": kernels.MambaSsdUpdate,
+    "out_proj": kernels.MambaOutProj,
+    "head": kernels.MambaHead,
+}
+STRUCTS = {**OPS, **STEP, "sample_token": kernels.MambaSampleToken}  # which is no op of a graph
 STUB = """
 #include <string.h>
 #include "mamba_kernels.h"
@@ -60,7 +68,7 @@ OP(mamba_ssd_scan, MambaSsdScan)
 OP(mamba_last_token, MambaLastToken)
 #endif
 OP(mamba_sample_token, MambaSampleToken)
-"""
+""" + "".join(f"OP(mamba_{op}, {struct.__name__})\n" for op, struct in STEP.items())
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "int32": 4, "int64": 8, "float64": 8}
 TYPESTR = {"float32": "<f4", "float16": "<f2", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float64": "<f8"}
 

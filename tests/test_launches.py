@@ -27,7 +27,8 @@ from mamba_deploy.plugins.toolchain import find_compiler
 
 pytestmark = pytest.mark.slow
 
-FILES = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu")
+FILES = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu", "step.cu")
+STEP = ("in_proj", "x_proj", "selective_update", "ssd_update", "out_proj", "head")
 DEVICES = [Device(9, 0, 132, 232448), Device(8, 7, 16, 166912), Device(7, 5, 40, 65536), Device(12, 0, 170, 101376)]
 
 # What the objects of nvcc want of libcudart. A launch is told to `record`, which may look at its arguments.
@@ -81,6 +82,9 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
     return launch(function, grid, block, args, shared);
 }
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* function, void** args) {
+    return launch(function, c->gridDim, c->blockDim, args, c->dynamicSmemBytes);
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
@@ -130,6 +134,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+OPTIONAL = ("bias", "D", "z", "dt_bias", "conv_bias")
+
 # --- random calls ------------------------------------------------------------------------------------------------
 
 
@@ -141,10 +147,9 @@ def _struct(op: str, draw: random.Random, sizes: dict[str, int]) -> Any:
         if hasattr(call, name):
             setattr(call, name, draw.randrange(3))
     for name, kind in struct._fields_:
-        if kind is ctypes.c_void_p and (name not in ("bias", "D", "z", "dt_bias") or draw.random() < 0.7):
-            setattr(
-                call, name, (draw.randrange(1, 1 << 30) << 8) + (draw.choice((2, 4, 8)) if draw.random() < 0.05 else 0)
-            )
+        if kind is ctypes.c_void_p and (name not in OPTIONAL or draw.random() < 0.7):
+            odd = draw.choice((2, 4, 8)) if draw.random() < 0.05 and op not in STEP else 0
+            setattr(call, name, (draw.randrange(1, 1 << 30) << 8) + odd)
     for name in ("activation", "dt_softplus", "skip_per_channel"):
         if hasattr(call, name):
             setattr(call, name, draw.randrange(2))
@@ -168,6 +173,8 @@ def random_call(op: str, draw: random.Random) -> Any:
     if op == "sample_token":
         sizes |= {"vocab": _size(draw, (50280, 256000), 1 << 20), "capacity": _size(draw, (1, 256), 70_000)}
         return _struct(op, draw, sizes | {"top_k": draw.randrange(100)})
+    if op in STEP:
+        return _struct(op, draw, sizes | {"length": 1} | _step_sizes(op, draw))
     sizes |= {"length": _size(draw, (1, 1, 1, 512, 2048, 16384), 1 << 20)}
     if op == "causal_conv1d":
         sizes |= {"channels": _size(draw, (1536, 1792, 5120, 5376), 20_000), "width": draw.choice((4, 4, 2, 3, 5, 8))}
@@ -185,6 +192,29 @@ def random_call(op: str, draw: random.Random) -> Any:
     else:
         sizes |= {"width": _size(draw, (768, 2560), 20_000)}
     return _struct(op, draw, sizes)
+
+
+def _step_sizes(op: str, draw: random.Random) -> dict[str, int]:
+    """Rows of weights are multiples of 16 bytes; a norm's inputs fit into every GPU's shared memory."""
+    width, eights = _size(draw, (768, 2048, 2560), 5000), 8 * _size(draw, (96, 256, 320, 640), 2500)
+    if op == "in_proj":
+        channels = draw.randrange(1, eights + 1)
+        place = {"conv_first": draw.randrange(eights - channels + 1), "conv_width": draw.randrange(2, 9)}
+        return {"width": width, "outputs": eights, "channels": channels, **place}
+    if op == "x_proj":
+        return {"channels": width, "row": 2 * width, "outputs": eights}
+    if op == "selective_update":
+        rank, states = _size(draw, (48, 160), 500), _size(draw, (16,), 256)
+        return {"channels": eights, "row": 2 * eights, "rank": rank, "state_size": states, "low_row": rank + 2 * states}
+    if op == "ssd_update":
+        groups, P, N = draw.choice((1, 2, 8)), draw.choice((64, 128)), draw.choice((64, 128))
+        heads = 8 * draw.randrange(1, 12)
+        sizes = {"heads": heads, "head_dim": P, "state_size": N, "groups": groups}
+        return {**sizes, "row": 2 * heads * P + 2 * groups * N + heads}
+    if op == "out_proj":
+        groups = draw.choice((1, 2, 8))
+        return {"channels": groups * _size(draw, (96, 640), 5000 // groups), "groups": groups, "width": eights}
+    return {"width": 8 * _size(draw, (96, 320), 600), "vocab": _size(draw, (50280, 256000), 1 << 20)}
 
 
 def fits(op: str, call: Any) -> bool:

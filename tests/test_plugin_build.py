@@ -31,7 +31,7 @@ from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins import build, kernels, nvrtc, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu")
+KERNELS = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu", "step.cu")
 
 # An nvcc that writes into its log what it was asked for, and into each output what went in.
 NVCC = """#!{python} -IS
@@ -722,16 +722,17 @@ def test_progress_and_warnings_are_told(toolkit, sources):
     toolkit.when_writing("ssd_scan.cu.o", "print('ssd_scan.cu(3): warning: unused')")
     told: list[str] = []
     build.build("kernels", cuda=toolkit.folder, architectures=["sm_90"], say=told.append)
-    assert told[0] == "compiling 5 files for sm_90 with nvcc 12.6.85"
-    assert sorted(told[1:6]) == [
+    assert told[0] == "compiling 6 files for sm_90 with nvcc 12.6.85"
+    assert sorted(told[1:7]) == [
         "causal_conv1d.cu: done",
         "last_token.cu: done",
         "sample_token.cu: done",
         "selective_scan.cu: done",
         "ssd_scan.cu: ssd_scan.cu(3): warning: unused",
+        "step.cu: done",
     ]
-    assert told[6] == "libmamba_kernels.so: done"
-    assert re.fullmatch(r"built in [\d.]+ s", told[7])
+    assert told[7] == "libmamba_kernels.so: done"
+    assert re.fullmatch(r"built in [\d.]+ s", told[8])
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -816,7 +817,7 @@ def test_command_builds_and_finds(toolkit, sources, tmp_path):
     assert done.exit_code == 0, done.output
     path = done.stdout.strip()
     assert path.endswith("/libmamba_plugin.so")
-    assert "compiling 7 files for sm_87, sm_90" in done.stderr
+    assert "compiling 8 files for sm_87, sm_90" in done.stderr
     assert command("path").stdout == f"{path}\n"
     register = str(Path(path).with_name("libmamba_plugin_register.so"))
     assert json.loads(command("path", "--library", "register", "--json").stdout) == {
@@ -926,7 +927,7 @@ def test_real_libraries_export_the_launchers_and_ask_for_nothing_of_tensorrt(rea
         pytest.skip("no nm (binutils) on PATH")
     header = (build.SOURCES / "mamba_kernels.h").read_text(encoding="utf-8")
     launchers = set(re.findall(r"^\w+ (mamba_\w+)\(", header, re.M))
-    assert len(launchers) == 10
+    assert len(launchers) == 22
     entries = {"getCreators", "getPluginCreators", "setLoggerFinder"}
     for library in made.libraries:
         listed = subprocess.run([nm, "-D", made.folder / library], check=True, capture_output=True, text=True).stdout
@@ -988,6 +989,13 @@ NVRTC_HEADERS = {
         template <typename T> constexpr const T& min(const T& a, const T& b) { return b < a ? b : a; }
         template <typename T> constexpr const T& max(const T& a, const T& b) { return a < b ? b : a; }
         }""",
+    "type_traits": """#pragma once
+        namespace std {
+        template <typename T, T v> struct integral_constant {
+            static constexpr T value = v;
+            constexpr operator T() const { return v; }
+        };
+        }""",
     "host.h": """
         #include <cuda_runtime.h>
         cudaError_t cudaGetDevice(int*);
@@ -995,7 +1003,13 @@ NVRTC_HEADERS = {
         template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*);
         template <typename F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int);
         cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
-        cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t);""",
+        cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t);
+        #if CUDART_VERSION >= 11080
+        template <typename... P, typename... A>
+        cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t*, void (*kernel)(P...), A...) {
+            return cudaLaunchKernel((const void*)kernel, dim3(), dim3(), nullptr, 0, nullptr);
+        }
+        #endif""",
 }
 
 

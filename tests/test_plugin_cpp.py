@@ -7,6 +7,7 @@ version, as ``include/`` of github.com/NVIDIA/TensorRT at a version's tag.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import random
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import build
+from mamba_deploy.plugins import build, kernels
 from mamba_deploy.plugins.rules import FLOATS, OPS, Node
 from mamba_deploy.plugins.toolchain import Headers, find_compiler, find_headers
 
@@ -33,48 +34,27 @@ DTYPES = ("float32", "float16", "int8", "int32", "bool", "bfloat16")  # those of
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 NO_HEADERS = f"no C++ headers of TensorRT: no */NvInfer.h in {FOLDER}; MAMBA_DEPLOY_TEST_HEADERS names the folder"
 
-# Stands in for the kernels: a launch prints what it was given; of the workspace a smaller batch may need more.
+
+def _stub(kernel: str, struct: type[ctypes.Structure]) -> str:
+    """A launch prints what it was given; of the workspace a smaller batch may need more."""
+    formats = {ctypes.c_int32: ("%d", "c->{}"), ctypes.c_float: ("%.9g", "c->{}"), ctypes.c_void_p: ("%d", "IS(c->{})")}
+    names = [(field[0], *formats[field[1]]) for field in struct._fields_]
+    text, values = " ".join(f"{n}={form}" for n, form, _ in names), ", ".join(v.format(n) for n, _, v in names)
+    return f"""
+size_t mamba_{kernel}_workspace(const {struct.__name__}* c) {{ return bytes(c->batch, c->length); }}
+int mamba_{kernel}(const {struct.__name__}* c, void* w, void* s) {{
+    (void)w; (void)s;
+    printf("{text}", {values});
+    return 0;
+}}"""
+
+
 STUB = """
 #include <stdio.h>
 #include "mamba_kernels.h"
-static size_t bytes(int b, int l, int item) { int parts = 12 / b; return (size_t)256 * (parts < l ? parts : l) * item; }
+static size_t bytes(int b, int l) { int parts = 12 / b; return (size_t)256 * (parts < l ? parts : l); }
 #define IS(p) ((p) != NULL)
-size_t mamba_causal_conv1d_workspace(const MambaCausalConv1d* c) { return bytes(c->batch, c->length, c->width); }
-size_t mamba_selective_scan_workspace(const MambaSelectiveScan* c) { return bytes(c->batch, c->length, c->state_size); }
-size_t mamba_ssd_scan_workspace(const MambaSsdScan* c) { return bytes(c->batch, c->length, c->state_size); }
-size_t mamba_last_token_workspace(const MambaLastToken* c) { return bytes(c->batch, c->length, 1); }
-int mamba_causal_conv1d(const MambaCausalConv1d* c, void* w, void* s) {
-    (void)w; (void)s;
-    printf("batch=%d length=%d channels=%d width=%d dtype=%d activation=%d x=%d weight=%d bias=%d conv_state=%d "
-           "seq_lens=%d y=%d conv_state_out=%d", c->batch, c->length, c->channels, c->width, c->dtype, c->activation,
-           IS(c->x), IS(c->weight), IS(c->bias), IS(c->conv_state), IS(c->seq_lens), IS(c->y), IS(c->conv_state_out));
-    return 0;
-}
-int mamba_selective_scan(const MambaSelectiveScan* c, void* w, void* s) {
-    (void)w; (void)s;
-    printf("batch=%d length=%d channels=%d state_size=%d dtype=%d state_dtype=%d dt_softplus=%d x=%d dt=%d A=%d B=%d "
-           "C=%d D=%d z=%d dt_bias=%d ssm_state=%d seq_lens=%d y=%d ssm_state_out=%d", c->batch, c->length, c->channels,
-           c->state_size, c->dtype, c->state_dtype, c->dt_softplus, IS(c->x), IS(c->dt), IS(c->A), IS(c->B), IS(c->C),
-           IS(c->D), IS(c->z), IS(c->dt_bias), IS(c->ssm_state), IS(c->seq_lens), IS(c->y), IS(c->ssm_state_out));
-    return 0;
-}
-int mamba_ssd_scan(const MambaSsdScan* c, void* w, void* s) {
-    (void)w; (void)s;
-    printf("batch=%d length=%d heads=%d head_dim=%d state_size=%d groups=%d dtype=%d state_dtype=%d dt_softplus=%d "
-           "skip_per_channel=%d dt_min=%.9g dt_max=%.9g x=%d dt=%d A=%d B=%d C=%d D=%d dt_bias=%d ssm_state=%d "
-           "seq_lens=%d y=%d ssm_state_out=%d", c->batch, c->length, c->heads, c->head_dim, c->state_size, c->groups,
-           c->dtype, c->state_dtype, c->dt_softplus, c->skip_per_channel, c->dt_min, c->dt_max, IS(c->x), IS(c->dt),
-           IS(c->A), IS(c->B), IS(c->C), IS(c->D), IS(c->dt_bias), IS(c->ssm_state), IS(c->seq_lens), IS(c->y),
-           IS(c->ssm_state_out));
-    return 0;
-}
-int mamba_last_token(const MambaLastToken* c, void* w, void* s) {
-    (void)w; (void)s;
-    printf("batch=%d length=%d width=%d dtype=%d x=%d seq_lens=%d y=%d", c->batch, c->length, c->width, c->dtype,
-           IS(c->x), IS(c->seq_lens), IS(c->y));
-    return 0;
-}
-"""
+""" + "\n".join(_stub(op.kernel, getattr(kernels, name)) for name, op in OPS.items())
 
 # Answers questions, a line each: OP, its attributes as "name i 3" ended by ".", and
 #   make | types DTYPE.. | supports POSITION DTYPE.. | format POSITION DTYPE.. | shapes RANK..
@@ -111,7 +91,24 @@ struct Log : ILogger { void log(Severity, AsciiChar const* text) noexcept overri
 struct Finder : ILoggerFinder { Log log; ILogger* findLogger() override { return &log; } } finder;
 extern "C" void setLoggerFinder(ILoggerFinder*);
 #endif
-struct Builder : IExprBuilder {} builder;
+// A product of the expressions 16 * a and 16 * b is 16 * (10000 * a + b).
+struct Product : apiv::VExprBuilder {
+#if V2
+    IDimensionExpr const* constant(int32_t) override { std::abort(); }
+#else
+    IDimensionExpr const* constant(int64_t) override { std::abort(); }
+    IDimensionExpr const* declareSizeTensor(int32_t, IDimensionExpr const&, IDimensionExpr const&) override {
+        std::abort();
+    }
+#endif
+    IDimensionExpr const* operation(
+        DimensionOperation op, IDimensionExpr const& a, IDimensionExpr const& b) override {
+        if (op != DimensionOperation::kPROD) std::abort();
+        auto const number = [](IDimensionExpr const& e) { return reinterpret_cast<size_t>(&e) / 16; };
+        return reinterpret_cast<IDimensionExpr const*>(16 * (10000 * number(a) + number(b)));
+    }
+} product;
+struct Builder : IExprBuilder { Builder() { mImpl = &product; } } builder;
 
 struct Named { char const* name; DataType type; } const dtypes[] = {
     {"float32", DataType::kFLOAT}, {"float16", DataType::kHALF}, {"int8", DataType::kINT8},
@@ -295,7 +292,8 @@ int main() {
             for (auto const& shape : found) {
                 for (int32_t axis = 0; axis < shape.nbDims && !wrong; ++axis) {
                     auto const at = reinterpret_cast<size_t>(shape.d[axis]) / 16;
-                    std::printf("%zu.%zu ", at / 100 - 1, at % 100);
+                    if (at >= 10000) std::printf("%zu.%zu*", at / 10000 / 100 - 1, at / 10000 % 100);
+                    std::printf("%zu.%zu ", at % 10000 / 100 - 1, at % 100);
                 }
                 std::printf("| ");
             }
@@ -518,7 +516,9 @@ def test_output_shapes_are_those_of_the_rules(library):
         ranks = [len(tensor.axes) for tensor in node.inputs]
         marked = [[f"{i}.{axis}" for axis in range(rank)] for i, rank in enumerate(ranks)]
         (answer,) = library.ask([_question(node, "shapes", *ranks)])
-        assert [shape.split() for shape in answer.split("|")[:-1]] == node.output_shapes(marked)
+        assert [shape.split() for shape in answer.split("|")[:-1]] == node.output_shapes(
+            marked, lambda a, b: f"{a}*{b}"
+        )
     matrix_skip = Node("MambaSsdScan")
     (answer,) = library.ask([_question(matrix_skip, "shapes", 3, 3, 1, 3, 3, 2, 1, 4, 1)])
     assert answer.split() == "0.0 0.1 0.2 | 0.0 1.2 7.2 7.3 |".split()
@@ -538,7 +538,7 @@ def test_wrong_numbers_of_inputs_and_axes_are_refused(library, ranks):
 
 def _sizes(node: Node, draw: random.Random) -> list[list[int]]:
     """Shapes of the inputs, right or with one size drawn anew."""
-    size = {symbol: draw.randint(1, 5) for symbol in "BLCKDNPd"}
+    size = {symbol: draw.randint(1, 5) for symbol in "BLCKDNPdMXERV"}
     size["G"] = node.attributes.get("n_groups", 1)
     size["H"] = size["G"] * draw.randint(1, 3) + (draw.random() < 0.1)
     size |= {"H*P": size["H"] * size["P"], "G*N": size["G"] * size["N"], "K-1": size["K"] - 1}
@@ -559,6 +559,9 @@ def _with_random_attributes(node: Node, draw: random.Random) -> Node:
         "dt_min": draw.choice([0.0, 0.25]),
         "dt_max": draw.choice([0.5, math.inf]),
         "n_groups": draw.randint(1, 3),
+        "eps": draw.choice([1e-5, 1e-6]),
+        "norm_eps": draw.choice([-1.0, 1e-6]),
+        "conv_first": draw.randint(0, 3),
     }
     chosen = {name: value for name, value in values.items() if name in node.op.attributes}
     return Node(node.op_type, {**node.attributes, **chosen})
@@ -589,16 +592,18 @@ def test_calls_reach_the_kernels_as_the_rules_say(library):
         found = dict(word.split("=") for word in answer.split())
         expected = {name: str(size) for name, size in sizes.items()}
         expected |= {name: str(int(value is not None)) for name, value in _pointers(node)}
-        expected["dtype"] = str(FLOATS.index(types[0]))
+        first = next(i for i, tensor in enumerate(node.inputs) if tensor.dtype == "T")
+        expected["dtype"] = str(FLOATS.index(types[first]))
         if "state_dtype" in found:
             state = next(i for i, tensor in enumerate(node.inputs) if tensor.name == "ssm_state")
             expected["state_dtype"] = str(FLOATS.index(types[state]))
         if "skip_per_channel" in found:
             skip = next((s for tensor, s in zip(node.inputs, shapes, strict=True) if tensor.name == "D"), [])
             expected["skip_per_channel"] = str(int(len(skip) == 2))
-        for name in ("dt_softplus", "dt_min", "dt_max"):
+        for name in ("dt_softplus", "dt_min", "dt_max", "eps", "norm_eps", "conv_first"):
             if name in node.op.attributes:
-                expected[name] = f"{node.attributes[name]:.9g}"
+                value = node.attributes[name]
+                expected[name] = f"{ctypes.c_float(value).value if isinstance(value, float) else value:.9g}"
         if "activation" in found:
             expected["activation"] = str(("none", "silu").index(node.attributes["activation"]))
         assert found == expected
@@ -615,12 +620,12 @@ def test_workspace_suits_every_batch_up_to_the_largest(library):
     """The stand-in's kernels need most at batch 1, as real ones may that cut prompts in parts to fill the GPU."""
     for node in NODES:
         size = {"B": 7, "L": 9, "C": 2, "D": 2, "K": 4, "N": 3, "P": 2, "H": 2, "G": 1, "d": 4}
+        size |= {"M": 8, "X": 4, "E": 5, "R": 2, "V": 6}
         size |= {"H*P": 4, "G*N": 3, "K-1": 3}
         shapes = [[size[axis] for axis in tensor.axes] for tensor in node.inputs]
         types = [{"T": "float16", "S": "float32"}.get(tensor.dtype, tensor.dtype) for tensor in node.inputs]
         (answer,) = library.ask([_question(node, "workspace", *types, "/", *(",".join(map(str, s)) for s in shapes))])
-        item = {"causal_conv1d": 4, "last_token": 1}.get(node.op.kernel, 3)
-        assert answer == str(256 * 9 * item)
+        assert answer == str(256 * 9)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 
-from mamba_deploy import ops  # noqa: F401, registers torch.ops.mamba_deploy
+from mamba_deploy import ops, step_ops  # noqa: F401, registers torch.ops.mamba_deploy
 from mamba_deploy.errors import PluginError
 from mamba_deploy.exporters.functions import DOMAIN, OP_ATTRIBUTES, input_names, register_schemas
 from mamba_deploy.plugins import kernels as kernels_module
@@ -52,8 +52,16 @@ def test_rules_follow_the_structs_of_the_kernels():
 def _call(op_type: str, seed: int) -> tuple[Node, list[torch.Tensor | None], tuple[torch.Tensor, ...]]:
     """A node, its inputs, and what the operator's reference makes of them."""
     draw = random.Random(seed)
-    size = {symbol: draw.randint(1, 4) for symbol in "BLCDNPGd"} | {"K": draw.randint(2, 4)}
+    size = {symbol: draw.randint(1, 4) for symbol in "BLCDNPGdERV"} | {"K": draw.randint(2, 4)}
     size["H"] = size["G"] * draw.randint(1, 3)
+    step = getattr(step_ops, OPS[op_type].kernel, None)
+    if step is not None:
+        size |= {"L": 1, "D": 2 * size["G"] * size["D"]}
+        size |= {"X": 2 * size["D"], "M": 2 * size["H"] * size["P"] + 2 * size["G"] * size["N"] + size["H"]}
+    if op_type == "MambaInProj":
+        size["M"] = size["C"] + 2
+    if op_type == "MambaSelectiveUpdate":
+        size["E"] = size["R"] + 2 * size["N"]
     size |= {"H*P": size["H"] * size["P"], "G*N": size["G"] * size["N"], "K-1": size["K"] - 1}
     kinds = {"T": draw.choice(FLOATS), "S": draw.choice(FLOATS)}
     given = 0
@@ -67,8 +75,12 @@ def _call(op_type: str, seed: int) -> tuple[Node, list[torch.Tensor | None], tup
     attributes = dict(OPS[op_type].attributes)
     if "n_groups" in attributes:
         attributes["n_groups"] = size["G"]
+    if "conv_first" in attributes:
+        attributes["conv_first"] = draw.randint(0, 2)
     node = Node(op_type, {**attributes, GIVEN_INPUTS: given})
-    outputs = getattr(torch.ops.mamba_deploy, node.op.kernel)(*values, *attributes.values())
+    if step is None:
+        step = getattr(torch.ops.mamba_deploy, node.op.kernel)
+    outputs = step(*values, *attributes.values())
     return node, values, outputs if isinstance(outputs, tuple) else (outputs,)
 
 

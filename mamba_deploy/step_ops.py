@@ -1,0 +1,184 @@
+"""The reference of the operators that a decode step is made of: one token a row, [B, 1, ...].
+
+They say what :mod:`mamba_deploy.model` does of one token, cut elsewhere: each product with what stands around it. A
+graph of them is made from an exported one (``exporters/step_graph.py``), so they are plain functions. Symbols and
+dtypes as in :mod:`mamba_deploy.ops`; weights of products [inputs, outputs]; arithmetic is float32, and float64 where
+weights are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mamba_deploy import ops
+
+__all__ = ["head", "in_proj", "out_proj", "selective_update", "ssd_update", "x_proj"]
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """Root mean square norm over ``groups`` equal parts of the last axis."""
+    parts = x.to(dtype).unflatten(-1, (groups, -1))
+    normal = (parts * torch.rsqrt((parts * parts).mean(-1, keepdim=True) + eps)).flatten(-2)
+    return normal if weight is None else normal * weight.to(dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In the wide dtype, of ``x`` rounded to that of the weight."""
+    dtype = _wide(weight)
+    y = x.to(weight.dtype).to(dtype) @ weight.to(dtype)
+    return y if bias is None else y + bias.to(dtype)
+
+
+def in_proj(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    seq_lens: Tensor,
+    eps: float,
+    conv_first: int,
+) -> tuple[Tensor, Tensor]:
+    """MambaInProj: norm, product, and the causal convolution with silu of some columns.
+
+    Args:
+        hidden: [B, 1, d] float32, the residual stream.
+        norm_weight: [d] float32.
+        weight: [d, M] T.
+        bias: [M] T, or None.
+        conv_weight: [C, K] T.
+        conv_bias: [C] T, or None.
+        conv_state: [B, C, K-1] T, oldest first.
+        seq_lens: [B]; with 0 the state stays as it is.
+        eps: Of the norm.
+        conv_first: The column where the C begin.
+
+    Returns:
+        [B, 1, M] T, and the new conv state. A row that reads nothing has zeros in the columns that are convolved.
+    """
+    projected = _product(_norm(hidden, norm_weight, eps, _wide(weight)), weight, bias).to(weight.dtype)
+    own = slice(conv_first, conv_first + len(conv_weight))
+    x, state = ops.causal_conv1d(projected[..., own].contiguous(), conv_weight, conv_bias, conv_state, seq_lens, "silu")
+    return torch.cat([projected[..., : own.start], x, projected[..., own.stop :]], dim=-1), state
+
+
+def x_proj(x: Tensor, weight: Tensor) -> Tensor:
+    """MambaXProj: [B, 1, X] T, of which the first D count, times [D, E] T -> [B, 1, E] T."""
+    return _product(x[..., : len(weight)], weight).to(weight.dtype)
+
+
+def selective_update(
+    xz: Tensor,
+    low: Tensor,
+    dt_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    ssm_state: Tensor,
+    seq_lens: Tensor,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """MambaSelectiveUpdate: ``ops.selective_scan`` with dt's projection in it.
+
+    Args:
+        xz: [B, 1, 2 D] T: x, convolved, and the gate.
+        low: [B, 1, R + 2 N] T: what dt is projected from, B, C.
+        dt_weight: [R, D] T.
+        A: [D, N] float32.
+        D: [D] float32, or None.
+        dt_bias: [D] float32, or None.
+        ssm_state: [B, D, N] S.
+        seq_lens: [B].
+        norm_eps: Of a norm without weights of each part of low (Falcon-Mamba); negative for none.
+
+    Returns:
+        y [B, 1, D] T, and the new state.
+    """
+    N = A.shape[1]
+    parts = low.split([len(dt_weight), N, N], dim=-1)
+    if norm_eps >= 0:
+        parts = tuple(_norm(part, None, norm_eps, _wide(dt_weight)).to(low.dtype) for part in parts)
+    x, z = (part.contiguous() for part in xz.chunk(2, dim=-1))
+    dt, (B, C) = _product(parts[0], dt_weight).to(xz.dtype), (part.contiguous() for part in parts[1:])
+    return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, True)
+
+
+def ssd_update(
+    projected: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    ssm_state: Tensor,
+    seq_lens: Tensor,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    n_groups: int,
+) -> tuple[Tensor, Tensor]:
+    """MambaSsdUpdate: ``ops.ssd_scan`` of a row of the projection, gated.
+
+    Args:
+        projected: [B, 1, 2 H P + 2 G N + H] T: z, x, B, C and dt side by side; x, B and C convolved.
+        A: [H] float32.
+        D: [H] or [H, P] float32, or None.
+        dt_bias: [H] float32, or None.
+        ssm_state: [B, H, P, N] S.
+        seq_lens: [B].
+        dt_softplus: As in ``ops.ssd_scan``, like the next three.
+        dt_min: Lower limit of the step.
+        dt_max: Upper limit.
+        n_groups: G.
+
+    Returns:
+        y silu(z) [B, 1, H P] T, and the new state.
+    """
+    heads, head_dim, states = ssm_state.shape[1:]
+    width = n_groups * states
+    sizes = [heads * head_dim, heads * head_dim, width, width, heads]
+    z, x, B, C, dt = (part.contiguous() for part in projected.split(sizes, dim=-1))
+    wide = _wide(projected)
+    y, state = ops.ssd_scan(
+        x.to(wide), dt.to(wide), A, B.to(wide), C.to(wide), D, dt_bias, ssm_state, seq_lens,
+        dt_softplus, dt_min, dt_max, n_groups, 256,
+    )  # fmt: skip
+    return (y * F.silu(z.to(wide))).to(projected.dtype), state
+
+
+def out_proj(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    eps: float,
+    n_groups: int,
+) -> Tensor:
+    """MambaOutProj: norm in groups, product, sum.
+
+    Args:
+        x: [B, 1, D] T.
+        norm_weight: [D] float32, or None for no norm.
+        weight: [D, d] T.
+        bias: [d] T, or None.
+        residual: [B, 1, d] float32.
+        eps: Of the norm.
+        n_groups: Of the norm.
+
+    Returns:
+        residual + norm(x) weight + bias [B, 1, d] float32, the product rounded to T.
+    """
+    normal = x if norm_weight is None else _norm(x, norm_weight, eps, _wide(weight), n_groups)
+    return residual + _product(normal, weight, bias).to(weight.dtype).to(residual.dtype)
+
+
+def head(hidden: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """MambaHead: [B, 1, d] float32, [d] float32, [V, d] T -> logits [B, V] float32."""
+    return _product(_norm(hidden, norm_weight, eps, _wide(weight)), weight.t())[:, 0].to(hidden.dtype)

@@ -1,0 +1,283 @@
+// The parts of a decode step but for Mamba-2's scan: which kernel takes a call.
+#include <algorithm>
+#include <type_traits>
+
+#include "selective_update.cuh"
+#include "step_linear.cuh"
+
+namespace mamba {
+namespace step {
+namespace {
+
+template <typename Kernel>
+cudaError_t allow(Kernel kernel, size_t shared) {
+    if (shared <= 48 << 10) return cudaSuccess;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+}
+
+template <typename... Parameters>
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, const Device& device,
+                  cudaStream_t stream, Parameters... arguments) {
+    const cudaError_t allowed = allow(kernel, shared);
+    if (allowed != cudaSuccess) return allowed;
+    return launch_early(kernel, grid, threads, shared, device.major >= 9, stream, arguments...);
+}
+
+int padded(int inputs) { return (inputs + 31) / 32 * 32; }
+
+constexpr int kNormRows = 2;  // that a block norms by itself
+
+// Of f(x), where it has a kernel of its own.
+size_t norm_bytes(int64_t batch, int32_t inputs, int32_t dtype) {
+    return batch <= kNormRows ? 0 : workspace_bytes(ceil_div(batch * padded(inputs) * item_bytes(dtype), 4));
+}
+
+// What follows from the sizes and addresses.
+template <typename X>
+Linear complete(Linear a) {
+    a.group_size = a.inputs / a.groups;
+    a.by_16 = a.x_stride % (16 / sizeof(X)) == 0 && a.inputs % (16 / sizeof(X)) == 0 && is_aligned(a.x, 16);
+    return a;
+}
+
+// The most rows of a block, up to 8, whose x has room in shared memory; 0 where none has.
+template <typename Bytes>
+int most_rows(Linear a, const Device& device, Bytes&& bytes) {
+    for (a.rows = std::min(a.batch, kColumns); a.rows > 0 && bytes(a) > device.shared_bytes; a.rows--) {}
+    return a.rows;
+}
+
+// Puts f(x) of more than a few rows into the workspace, where it is a norm: true where that is so.
+template <typename T, typename X>
+cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStream_t stream, bool& apart) {
+    a = complete<X>(a);
+    apart = a.batch > kNormRows && a.norm_weight != nullptr;
+    if (!apart) return cudaSuccess;
+    if (workspace == nullptr) return cudaErrorInvalidValue;
+    const int stride = padded(a.inputs);
+    a.rows = 1;
+    const int shared = Layout(a, sizeof(T), sizeof(X), 0, 0).bytes;
+    if (shared > device.shared_bytes) return cudaErrorInvalidValue;
+    const cudaError_t error = start(norm_kernel<T, X>, dim3(a.batch), 256, shared, device, stream, Linear(a),
+                                    static_cast<T*>(workspace), int(stride));
+    a.x = workspace, a.x_stride = stride, a.norm_weight = nullptr, a.groups = 1;
+    a = complete<T>(a);
+    return error;
+}
+
+// Whether many rows share the weights: in tensor cores alone.
+template <typename T>
+bool is_wide(const Linear& a, const Device& device) {
+    return sizeof(T) == 2 && a.batch > kColumns && device.major >= 8 && a.norm_weight == nullptr && a.by_16;
+}
+
+// Bytes of shared memory of chunks of x.
+template <int CHUNK>
+int chunk_bytes(int rows, int item) {
+    return kStages<CHUNK> * rows * shared_stride(CHUNK) * item;
+}
+
+// Bytes of shared memory of NT columns.
+template <typename T, int BYTES, int WARPS, int GROUPS, int NT>
+int wide_bytes() {
+    using Own = Product<T, BYTES, WARPS, NT>;
+    constexpr int kRows = NT * kColumns, kSums = static_cast<int>(sizeof(float)) * kRows * GROUPS * WARPS * Own::kOutputs;
+    return std::max(chunk_bytes<16 * Own::kRound>(kRows, sizeof(T)), kSums);
+}
+
+template <typename T, typename X, int BYTES, int WARPS, int GROUPS, int NT, bool RING>
+cudaError_t linear(Linear a, const Device& device, cudaStream_t stream) {
+    using Own = Product<T, BYTES, WARPS, NT, RING>;
+    const auto few = [](const Linear& a) {
+        return Layout(a, sizeof(T), sizeof(X), Own::kRingBytes, WARPS * Own::kOutputs).bytes;
+    };
+    a.rows = NT == 1 ? most_rows(a, device, few) : NT * kColumns;
+    if (a.rows == 0) return cudaErrorInvalidValue;
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, GROUPS * Own::kOutputs)),
+                    static_cast<unsigned>(ceil_div(a.batch, a.rows)));
+    const int shared = NT == 1 ? few(a) : wide_bytes<T, BYTES, WARPS, GROUPS, NT>();
+    return start(linear_kernel<T, X, BYTES, WARPS, GROUPS, NT, RING>, grid, 32 * WARPS * GROUPS, shared, device, stream, a);
+}
+
+// As many rows at once as need be, and as shared memory has room for.
+template <typename T, int BYTES, int WARPS, int GROUPS>
+cudaError_t wide(const Linear& a, const Device& device, cudaStream_t stream) {
+    if (a.batch > 4 * kColumns && wide_bytes<T, BYTES, WARPS, GROUPS, 8>() <= device.shared_bytes) {
+        return linear<T, T, BYTES, WARPS, GROUPS, 8, false>(a, device, stream);
+    }
+    if (a.batch > 2 * kColumns && wide_bytes<T, BYTES, WARPS, GROUPS, 4>() <= device.shared_bytes) {
+        return linear<T, T, BYTES, WARPS, GROUPS, 4, false>(a, device, stream);
+    }
+    return linear<T, T, BYTES, WARPS, GROUPS, 2, false>(a, device, stream);
+}
+
+// Fewer outputs a block where there are too few blocks to read at full speed.
+template <typename T, typename X>
+cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
+    Device device;
+    cudaError_t error = device.read();
+    if (error != cudaSuccess) return error;
+    bool apart = false;
+    error = norm_apart<T, X>(a, workspace, device, stream, apart);
+    if (error != cudaSuccess) return error;
+    const int64_t tiles = ceil_div(a.outputs, 32 * 2 / sizeof(T));
+    if constexpr (sizeof(T) == 2) {
+        if (is_wide<T>(a, device)) {
+            if (tiles >= device.multiprocessors) return wide<T, 8, 8, 2>(a, device, stream);
+            if (3 * tiles >= device.multiprocessors) return wide<T, 8, 16, 1>(a, device, stream);
+            return wide<T, 4, 16, 1>(a, device, stream);
+        }
+    }
+    const auto few = [&](auto x) {
+        using Given = decltype(x);
+        if (2 * tiles >= 3 * device.multiprocessors) return linear<T, Given, 16, 8, 1, 1, false>(a, device, stream);
+        if (3 * tiles < device.multiprocessors) return linear<T, Given, 4, 16, 1, 1, false>(a, device, stream);
+        const bool ring = device.major >= 8 && device.shared_bytes >= 160 << 10 && a.inputs >= 2048;
+        return ring ? linear<T, Given, 8, 16, 1, 1, true>(a, device, stream)
+                    : linear<T, Given, 8, 8, 1, 1, false>(a, device, stream);
+    };
+    return apart ? few(T{}) : few(X{});
+}
+
+bool is_valid(int32_t batch, int32_t length, int32_t dtype, const void* weight, int64_t weight_row) {
+    return batch > 0 && length == 1 && dtype >= MAMBA_FLOAT32 && dtype <= MAMBA_BFLOAT16 && is_aligned(weight, 16) &&
+           weight_row > 0 && weight_row * item_bytes(dtype) % 16 == 0;
+}
+
+template <typename T>
+cudaError_t run(const MambaInProj& c, void* workspace, cudaStream_t stream) {
+    if (!is_valid(c.batch, c.length, c.dtype, c.weight, c.outputs) || c.width < 1 || c.conv_width < 2 ||
+        c.conv_width > 8 || c.conv_first < 0 || c.channels < 1 || c.conv_first > c.outputs - c.channels) {
+        return cudaErrorInvalidValue;
+    }
+    Linear a{};
+    a.batch = c.batch, a.inputs = c.width, a.outputs = c.outputs, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
+    a.x = c.hidden, a.weight = c.weight, a.bias = c.bias, a.norm_weight = c.norm_weight, a.y = c.y;
+    a.conv_first = c.conv_first, a.conv_channels = c.channels, a.conv_width = c.conv_width;
+    a.conv_weight = c.conv_weight, a.conv_bias = c.conv_bias, a.conv_state = c.conv_state, a.seq_lens = c.seq_lens;
+    a.conv_state_out = c.conv_state_out;
+    return linear<T, float>(a, workspace, stream);
+}
+
+template <typename T>
+cudaError_t run(const MambaXProj& c, void* workspace, cudaStream_t stream) {
+    if (!is_valid(c.batch, c.length, c.dtype, c.weight, c.outputs) || c.channels < 1 || c.row < c.channels) {
+        return cudaErrorInvalidValue;
+    }
+    Linear a{};
+    a.batch = c.batch, a.inputs = c.channels, a.outputs = c.outputs, a.x_stride = c.row, a.groups = 1;
+    a.x = c.x, a.weight = c.weight, a.y = c.y;
+    return linear<T, T>(a, workspace, stream);
+}
+
+template <typename T>
+cudaError_t run(const MambaOutProj& c, void* workspace, cudaStream_t stream) {
+    if (!is_valid(c.batch, c.length, c.dtype, c.weight, c.width) || c.channels < 1 || c.groups < 1 ||
+        c.channels % c.groups != 0) {
+        return cudaErrorInvalidValue;
+    }
+    Linear a{};
+    a.batch = c.batch, a.inputs = c.channels, a.outputs = c.width, a.x_stride = c.channels, a.groups = c.groups;
+    a.eps = c.eps, a.x = c.x, a.weight = c.weight, a.bias = c.bias, a.norm_weight = c.norm_weight;
+    a.residual = c.residual, a.y = c.y;
+    return linear<T, T>(a, workspace, stream);
+}
+
+template <typename T>
+cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
+    if (!is_valid(c.batch, c.length, c.dtype, c.weight, c.width) || c.vocab < 1) return cudaErrorInvalidValue;
+    Device device;
+    cudaError_t error = device.read();
+    if (error != cudaSuccess) return error;
+    Linear a{};
+    a.batch = c.batch, a.inputs = c.width, a.outputs = c.vocab, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
+    a.x = c.hidden, a.weight = c.weight, a.norm_weight = c.norm_weight, a.y = c.y;
+    bool apart = false;
+    error = norm_apart<T, float>(a, workspace, device, stream, apart);
+    if (error != cudaSuccess) return error;
+    const auto tiles = static_cast<unsigned>(ceil_div(a.outputs, kHeadWarps * kHeadOutputs));
+    const auto grid = [&] { return dim3(tiles, static_cast<unsigned>(ceil_div(a.batch, a.rows))); };
+    if constexpr (sizeof(T) == 2) {
+        if (is_wide<T>(a, device)) {
+            const auto start_wide = [&](auto columns) {
+                a.rows = columns * kColumns;
+                return start(head_kernel<T, T, columns>, grid(), 32 * kHeadWarps,
+                             chunk_bytes<kHeadChunk>(a.rows, sizeof(T)), device, stream, Linear(a));
+            };
+            if (a.batch <= 2 * kColumns) return start_wide(std::integral_constant<int, 2>{});
+            if (a.batch <= 4 * kColumns || device.shared_bytes < 104 << 10) {
+                return start_wide(std::integral_constant<int, 4>{});
+            }
+            return start_wide(std::integral_constant<int, 8>{});
+        }
+    }
+    const auto few = [&](auto x) {
+        const auto bytes = [](const Linear& a) { return Layout(a, sizeof(T), sizeof(x), 0, 0).bytes; };
+        a.rows = most_rows(a, device, bytes);
+        if (a.rows == 0) return cudaErrorInvalidValue;
+        return start(head_kernel<T, decltype(x), 1>, grid(), 32 * kHeadWarps, bytes(a), device, stream, Linear(a));
+    };
+    return apart ? few(T{}) : few(float{});
+}
+
+template <typename T>
+cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
+    if (!is_valid(c.batch, c.length, c.dtype, c.dt_weight, c.channels) || c.rank < 1 || c.state_size < 1 ||
+        c.state_size > 256 || c.row != 2 * int64_t{c.channels} || c.low_row != c.rank + 2 * c.state_size ||
+        c.state_dtype < MAMBA_FLOAT32 || c.state_dtype > MAMBA_BFLOAT16) {
+        return cudaErrorInvalidValue;
+    }
+    Device device;
+    const cudaError_t error = device.read();
+    if (error != cudaSuccess) return error;
+    const auto run = [&](auto rows) {
+        constexpr int kRows = rows;
+        const int shared = scan::UpdateLayout(c, std::min(kRows, c.batch), sizeof(T),
+                                              scan::kUpdateWarps<T> * scan::kUpdateChannels<T>).bytes;
+        const dim3 grid(static_cast<unsigned>(ceil_div(c.channels, scan::kUpdateChannels<T>)),
+                        static_cast<unsigned>(ceil_div(c.batch, kRows)));
+        if (shared > device.shared_bytes) return cudaErrorInvalidValue;
+        return start(scan::update_kernel<T, kRows>, grid, 32 * scan::kUpdateWarps<T>, shared, device, stream, c);
+    };
+    if (c.batch == 1) return run(std::integral_constant<int, 1>{});
+    return c.batch <= kColumns ? run(std::integral_constant<int, 2>{}) : run(std::integral_constant<int, 4>{});
+}
+
+template <typename Call>
+int with_type(const Call* call, void* workspace, void* stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    with_dtype(call->dtype, [&](auto t) { error = run<decltype(t)>(*call, workspace, static_cast<cudaStream_t>(stream)); });
+    return error;
+}
+
+}  // namespace
+}  // namespace step
+}  // namespace mamba
+
+extern "C" size_t mamba_in_proj_workspace(const MambaInProj* c) {
+    return mamba::step::norm_bytes(c->batch, c->width, c->dtype);
+}
+extern "C" size_t mamba_x_proj_workspace(const MambaXProj*) { return 0; }
+extern "C" size_t mamba_selective_update_workspace(const MambaSelectiveUpdate*) { return 0; }
+extern "C" size_t mamba_out_proj_workspace(const MambaOutProj* c) {
+    return mamba::step::norm_bytes(c->batch, c->channels, c->dtype);
+}
+extern "C" size_t mamba_head_workspace(const MambaHead* c) {
+    return mamba::step::norm_bytes(c->batch, c->width, c->dtype);
+}
+
+extern "C" int mamba_in_proj(const MambaInProj* call, void* workspace, void* stream) {
+    return mamba::step::with_type(call, workspace, stream);
+}
+extern "C" int mamba_x_proj(const MambaXProj* call, void* workspace, void* stream) {
+    return mamba::step::with_type(call, workspace, stream);
+}
+extern "C" int mamba_selective_update(const MambaSelectiveUpdate* call, void* workspace, void* stream) {
+    return mamba::step::with_type(call, workspace, stream);
+}
+extern "C" int mamba_out_proj(const MambaOutProj* call, void* workspace, void* stream) {
+    return mamba::step::with_type(call, workspace, stream);
+}
+extern "C" int mamba_head(const MambaHead* call, void* workspace, void* stream) {
+    return mamba::step::with_type(call, workspace, stream);
+}

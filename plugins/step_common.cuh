@@ -1,0 +1,53 @@
+// What the kernels of a decode step share: each starts while the one before it still runs, and reads its weights ahead.
+//
+// Programmatic dependent launch (CUDA 11.8, compute capability 9.0): let_next_start() lets the blocks of the next kernel
+// take what room there is, wait_for_previous() waits until all before are through. What a kernel before may write is
+// read, and anything is written, only after that.
+#pragma once
+
+#include "common.cuh"
+
+namespace mamba {
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Brings a line to the L2 cache, whoever writes it meanwhile.
+__device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" : : "l"(line)); }
+
+#ifndef MAMBA_KERNELS_ONLY
+
+// A launch that lets the kernel start early.
+template <typename... Parameters>
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool early,
+                         cudaStream_t stream, Parameters... arguments) {
+#if CUDART_VERSION >= 11080
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+#else
+    kernel<<<grid, threads, shared, stream>>>(arguments...);
+    return cudaGetLastError();
+#endif
+}
+
+#endif
+
+}  // namespace mamba
