@@ -1,8 +1,9 @@
 """model.onnx -> an engine of TensorRT in the bundle: the whole of `mamba-deploy build`.
 
-One engine with two optimisation profiles, decode (one token of up to ``max_batch`` rows) and prompt (up to
-``max_prefill`` tokens of up to ``prefill_batch`` rows). Scratch memory grows with the tokens of a prompt call, so by
-default prompts are read row by row, which also spares them their padding.
+Two engines in one file, over the same weights: first one of the graph, for prompts (up to ``max_prefill`` tokens of up
+to ``prefill_batch`` rows), then one of the fused graph of a step (one token of up to ``max_batch`` rows). Where that
+does not cover the model, one engine with two optimisation profiles, decode and prompt. Scratch memory grows with the
+tokens of a prompt call, so by default prompts are read row by row, which also spares them their padding.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def build_engine(
     optimization_level: int | None = None,
     compute_capabilities: Sequence[str] = (),
     use_timing_cache: bool = True,
+    fuse: bool = True,
     say: Say = lambda message: None,
 ) -> Bundle:
     """Build the engine of a bundle for this machine's GPU, and put it there.
@@ -64,6 +66,7 @@ def build_engine(
         optimization_level: The builder's, 0 to 5; None leaves it to TensorRT.
         compute_capabilities: For TensorRT-RTX: GPUs to build for, ``"86"``, ``"120"``; none: what it takes itself.
         use_timing_cache: Keep what was timed for the next build on the same kind of GPU.
+        fuse: Decode by the operators that fuse what stands around a layer's products, where they cover the model.
         say: Told what is being done.
 
     Returns:
@@ -104,6 +107,7 @@ def build_engine(
         optimization_level=optimization_level,
         compute_capabilities=list(dict.fromkeys(_capability(name) for name in compute_capabilities)),
         timing_cache=str(_timing_cache(backend)) if use_timing_cache and backend == "tensorrt" else "",
+        fuse=fuse,
     )
     try:
         work = tempfile.TemporaryDirectory(prefix=".engine.", suffix=".partial", dir=bundle.path)
@@ -122,6 +126,7 @@ def build_engine(
             "prefill_batch": prefill_batch,
             "build_seconds": answer["build_seconds"],
             "weights": answer["weights"],
+            "decode": answer["decode"],
         }
         return add_engine(bundle, backend, Path(folder) / "engine", facts)
 
@@ -137,6 +142,7 @@ def engine_request(
     optimization_level: int | None = None,
     compute_capabilities: Sequence[str] = (),
     timing_cache: str = "",
+    fuse: bool = False,
     mark: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What :func:`engine_file` is asked for; ``mark`` are tensors of the graph to make outputs too."""
@@ -151,6 +157,7 @@ def engine_request(
         "optimization_level": optimization_level,
         "compute_capabilities": list(compute_capabilities),
         "timing_cache": timing_cache,
+        "fuse": fuse,
         "mark": list(mark),
     }
 

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import onnx
 from onnx import helper, numpy_helper
 
+from mamba_deploy.config import MambaConfig
+from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError
+from mamba_deploy.exporters.step_graph import step_graph
 from mamba_deploy.plugins.rules import prepare_for_parser
 
-__all__ = ["ParserGraph", "parser_graph"]
+__all__ = ["ParserGraph", "parser_graph", "step_parser_graph"]
 
 _LARGE = 1 << 16  # bytes from which on a weight is bound
 _DTYPES = {
@@ -49,6 +52,28 @@ def parser_graph(
         ExportError: The graph holds an operator that has no counterpart in that opset, or no such tensor.
     """
     model = onnx.load(path, load_external_data=False)
+    return _prepared(model, path, newest_opset, _LARGE if bind_weights else None, mark)
+
+
+def step_parser_graph(
+    path: Path, config: MambaConfig, contract: Contract, *, newest_opset: int | None = None, bind_from: int = _LARGE
+) -> ParserGraph:
+    """Likewise the graph of a decode step, with large weights as inputs.
+
+    Args:
+        path: ``model.onnx``, whose weights it has.
+        config: The architecture, which the step's operators cover.
+        contract: Of the model.
+        newest_opset: As for :func:`parser_graph`.
+        bind_from: Bytes from which on a weight is an input.
+    """
+    model = step_graph(onnx.load(path, load_external_data=False), config, contract)
+    return _prepared(model, path, newest_opset, bind_from, ())
+
+
+def _prepared(
+    model: Any, path: Path, newest_opset: int | None, bind_from: int | None, mark: Sequence[str]
+) -> ParserGraph:
     prepare_for_parser(model)
     if newest_opset is not None:
         _lower_opset(model, newest_opset)
@@ -60,20 +85,20 @@ def parser_graph(
         if name not in values:
             raise ExportError(f"{path} has no tensor {name}", hint="export the model again")
         graph.output.append(values[name])
-    weights = _bind_weights(graph) if bind_weights else {}
+    weights = {} if bind_from is None else _bind_weights(graph, bind_from)
     return ParserGraph(model.SerializeToString(), dtypes, weights)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _bind_weights(graph: Any) -> dict[str, tuple[int, int]]:
-    """Large weights become inputs; not those that are transposed, as that would be done in every run."""
+def _bind_weights(graph: Any, smallest: int) -> dict[str, tuple[int, int]]:
+    """Weights of so many bytes become inputs; not those that are transposed, as that would be done in every run."""
     transposed = {node.input[0] for node in graph.node if node.op_type == "Transpose"}
     bound = {}
     for tensor in list(graph.initializer):
         place = {entry.key: entry.value for entry in tensor.external_data}
-        if not place or int(place["length"]) < _LARGE or tensor.name in transposed:
+        if not place or int(place["length"]) < smallest or tensor.name in transposed:
             continue
         bound[tensor.name] = (int(place.get("offset", 0)), int(place["length"]))
         graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))

@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mamba_deploy.bundle import Bundle
 from mamba_deploy.errors import EngineError, MambaDeployError
-from mamba_deploy.exporters.engine_graph import ParserGraph, parser_graph
+from mamba_deploy.exporters.engine_graph import ParserGraph, parser_graph, step_parser_graph
+from mamba_deploy.exporters.step_graph import covers
 from mamba_deploy.plugins.toolchain import gpu_architectures
 from mamba_deploy.runtime.trt import TensorRT, load
 
@@ -52,16 +54,51 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if builder is None:
         raise EngineError(f"{found.label} makes no builder: {_errors(log)}", hint="mamba-deploy doctor")
     plugins = found.load_plugins(asked["plugins"], _say)
-    graph = parser_graph(
-        onnx_path, newest_opset=found.newest_opset, bind_weights=found.binds_weights, mark=asked["mark"]
+    bundle, profiles = Bundle.open(onnx_path.parent), asked["profiles"]
+    graphs: list[tuple[ParserGraph, list[Any]]] = []
+    splits = asked["fuse"] and covers(bundle.config, bundle.contract)
+    whole = parser_graph(
+        onnx_path,
+        newest_opset=found.newest_opset,
+        bind_weights=found.binds_weights or splits,
+        mark=asked["mark"],
     )
+    if splits:
+        step = step_parser_graph(onnx_path, bundle.config, bundle.contract, newest_opset=found.newest_opset)
+        graphs = [(whole, [profiles["prompt"]]), (step, [profiles["decode"]])]
+    else:
+        graphs = [(whole, [profiles["decode"], profiles["prompt"]])]
+    os.chdir(onnx_path.parent)  # where 8.x looks for the weights, whatever path it is given
+    start = time.perf_counter()
+    starts = []
+    with (folder / "engine").open("wb") as file:
+        for graph, of_graph in graphs:
+            starts.append(file.tell())
+            file.write(_plan(found, builder, log, graph, of_graph, asked))
+    seconds = time.perf_counter() - start
+    return {
+        "product": found.product,
+        "version": found.version,
+        "plugins": plugins,
+        "plugin_sources": found.plugin_sources,
+        "weights": whole.weights,
+        "decode": {"start": starts[1], "weights": graphs[1][0].weights} if splits else None,
+        "build_seconds": round(seconds, 1),
+        "architecture": None if found.is_rtx else next(iter(gpu_architectures()), None),
+    }
+
+
+def _plan(
+    found: TensorRT, builder: Any, log: Any, graph: ParserGraph, profiles: list[Any], asked: Mapping[str, Any]
+) -> Any:
+    """The serialized engine of a graph."""
+    trt = found.module
     network = builder.create_network(found.network_flags())
     parser = trt.OnnxParser(network, log)
-    os.chdir(onnx_path.parent)  # where 8.x looks for the weights, whatever path it is given
-    if not parser.parse(graph.content, str(onnx_path)):
+    if not parser.parse(graph.content, asked["onnx"]):
         said = "; ".join(_refusal(parser.get_error(i)) for i in range(parser.num_errors))
         raise EngineError(
-            f"{found.label} does not take {onnx_path}: {said or _errors(log)}",
+            f"{found.label} does not take {asked['onnx']}: {said or _errors(log)}",
             hint="export the model again with this version of mamba-deploy",
         )
     config = builder.create_builder_config()
@@ -69,7 +106,7 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _set_formats(found, network)
     if not found.is_strongly_typed:
         _set_precisions(trt, network, config, graph)
-    for profile in _profiles(builder, network, graph, asked):
+    for profile in _profiles(builder, network, profiles):
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(
                 f"{found.label} refuses the profile: {_errors(log)}", hint="try smaller --max-batch and --max-prefill"
@@ -80,26 +117,15 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     monitor = _monitor(trt, asked["show_progress"])
     if monitor is not None:
         config.progress_monitor = monitor
-    start = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
-    seconds = time.perf_counter() - start
     if plan is None:
         raise EngineError(
             f"{found.label} did not build the engine: {_errors(log)}",
             hint="with too little GPU memory: smaller --max-batch and --max-prefill, or --workspace",
         )
-    (folder / "engine").write_bytes(plan)
     if cache is not None:
         _keep(cache, bytes(config.get_timing_cache().serialize()))
-    return {
-        "product": found.product,
-        "version": found.version,
-        "plugins": plugins,
-        "plugin_sources": found.plugin_sources,
-        "weights": graph.weights,
-        "build_seconds": round(seconds, 1),
-        "architecture": None if found.is_rtx else next(iter(gpu_architectures()), None),
-    }
+    return plan
 
 
 def _errors(log: Any) -> str:
@@ -184,10 +210,10 @@ def _set_precisions(trt: Any, network: Any, config: Any, graph: ParserGraph) -> 
                 layer.set_output_type(j, dtype)
 
 
-def _profiles(builder: Any, network: Any, graph: ParserGraph, asked: Mapping[str, Any]) -> list[Any]:
-    """Decode, then prompt: smallest, best and largest batch and seq of each."""
+def _profiles(builder: Any, network: Any, asked: list[Any]) -> list[Any]:
+    """Of the smallest, best and largest batch and seq of each."""
     made = []
-    for batches, seqs in (asked["profiles"]["decode"], asked["profiles"]["prompt"]):
+    for batches, seqs in asked:
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):
             tensor = network.get_input(i)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from mamba_deploy.runtime.gpu_state import GpuState, state_bytes
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
 
-__all__ = ["MarkedEngine", "TensorRTBackend", "load_engine"]
+__all__ = ["MarkedEngine", "TensorRTBackend", "load_engines"]
 
 DECODE, PROMPT = 0, 1  # profiles of the engine
 _STEPS_KEPT = 16  # single tokens that are read before the state is copied again
@@ -105,9 +105,17 @@ class TensorRTBackend:
         log = trt.logger(self._say)
         plugins: PluginKind = facts["plugins"]
         self._plugins = trt.load_plugins(plugins, self._say)
-        self._engine: Any = load_engine(trt, log, engine.path if engine else bundle.file(ENGINES[backend]))
+        path = engine.path if engine else bundle.file(ENGINES[backend])
+        engines = load_engines(trt, log, path, facts)
         marked = engine.marked if engine else ()
-        _check_tensors(self._engine, self._contract, [*facts["weights"], *marked])
+        self._bound_weights = [facts["weights"], facts["weights"]]  # by profile
+        if facts.get("decode"):
+            self._bound_weights[DECODE] = facts["decode"]["weights"]
+        _check_tensors(engines[PROMPT], self._contract, [*facts["weights"], *marked])
+        if facts.get("decode"):
+            _check_tensors(engines[DECODE], self._contract, self._bound_weights[DECODE], without=("next_token",))
+        self._has_next_token = [not facts.get("decode"), True]
+        self._engines: list[Any] = engines
         self._log = log
 
         def allocate(nbytes: int, what: str) -> Memory:
@@ -117,8 +125,9 @@ class TensorRTBackend:
         contract, V = self._contract, next(s for s in self._contract.outputs if s.role == "logits").axes[-1]
         assert isinstance(V, int)
         self._vocab_size = V
-        self._weights = self._upload_weights(bundle, facts["weights"], allocate)
-        scratch = trt.memory_bytes(self._engine)
+        places = {name: place for of_profile in self._bound_weights for name, place in of_profile.items()}
+        self._weights = self._upload_weights(bundle, places, allocate)
+        scratch = max(trt.memory_bytes(of_profile) for of_profile in engines)
         memory = allocate(scratch, "the engine's scratch memory")
         state = state_bytes(contract, self.max_batch)
         self._state_memory = allocate(state, f"the state of {self.max_batch} rows")
@@ -131,8 +140,8 @@ class TensorRTBackend:
         tokens = max(self._prefill_batch * self.max_chunk, self.max_batch)
         self._marked: dict[str, tuple[int, str, tuple[int, ...]]] = {}  # address, dtype, axes after [batch, seq]
         for name in marked:
-            dtype = _TRT_DTYPES[self._engine.get_tensor_dtype(name).name]
-            axes = tuple(self._engine.get_tensor_shape(name))[2:]
+            dtype = _TRT_DTYPES[engines[PROMPT].get_tensor_dtype(name).name]
+            axes = tuple(engines[PROMPT].get_tensor_shape(name))[2:]
             nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
             self._marked[name] = (allocate(nbytes, name).address, dtype, axes)
         self._ids = allocate(4 * tokens, "token ids")
@@ -149,15 +158,17 @@ class TensorRTBackend:
         self._host_lens, _ = self.device.host_array((self.max_batch,), np.int32)
         self._host_logits, _ = self.device.host_array((self.max_batch, V), np.float32)
         self._contexts = []
-        for profile in (DECODE, PROMPT):
-            context = trt.new_context(self._engine, memory.address, scratch)
-            if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
+        for profile, of_profile in enumerate(engines):
+            context = trt.new_context(of_profile, memory.address, scratch)
+            index = 0 if facts.get("decode") else profile
+            if context is None or not context.set_optimization_profile_async(index, self.device.stream):
                 raise EngineError(f"{trt.label} makes no execution context: {'; '.join(log.errors[-3:])}")
-            for name, (address, shape) in self._weights.items():
-                context.set_input_shape(name, shape)
-                context.set_tensor_address(name, address)
-            for name, (address, _, _) in self._marked.items():
-                context.set_tensor_address(name, address)
+            for name in self._bound_weights[profile]:
+                context.set_input_shape(name, tuple(of_profile.get_tensor_shape(name)))
+                context.set_tensor_address(name, self._weights[name])
+            if profile == PROMPT or not facts.get("decode"):
+                for name, (address, _, _) in self._marked.items():
+                    context.set_tensor_address(name, address)
             self._contexts.append(context)
         self.device.synchronize()
         self._state: GpuState | None = None
@@ -166,8 +177,8 @@ class TensorRTBackend:
 
     def _upload_weights(
         self, bundle: Bundle, places: Mapping[str, Any], allocate: Callable[[int, str], Memory]
-    ) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Of an engine that is given its weights: address and shape of each, all in one allocation."""
+    ) -> dict[str, int]:
+        """Of engines that are given their weights: the address of each, all in one allocation."""
         if not places:
             return {}
         starts, size = {}, 0
@@ -180,7 +191,7 @@ class TensorRTBackend:
             for name, (offset, length) in places.items():
                 view = np.frombuffer(content, np.uint8, length, offset)
                 self.device.upload(base + starts[name], view)
-                found[name] = (base + starts[name], tuple(self._engine.get_tensor_shape(name)))
+                found[name] = base + starts[name]
             self.device.synchronize()
             del view  # or the map cannot be closed
         return found
@@ -488,6 +499,8 @@ class TensorRTBackend:
         by_role = {role: memory.address for role, memory in memories.items()}
         accepted = True
         for spec in self._contract.tensors:
+            if spec.role == "next_token" and not self._has_next_token[profile]:
+                continue
             if spec.direction == "in":
                 accepted &= context.set_input_shape(spec.name, spec.shape(batch, seq))
                 address = states[spec.name] if spec.role == "state" else by_role[spec.role]
@@ -510,7 +523,7 @@ class TensorRTBackend:
                 device.synchronize()
             for graph in getattr(self, "_graphs", {}).values():
                 graph.free()
-            self._contexts, self._engine = [], None
+            self._contexts, self._engines = [], []
             for memory in self._memories:
                 memory.free()
 
@@ -522,20 +535,29 @@ class TensorRTBackend:
         self._cleanup.close()
 
 
-def load_engine(trt: TensorRT, log: Any, path: Path) -> Any:
-    """Deserialise, from a map of the file, so that its bytes are in memory but once.
+def load_engines(trt: TensorRT, log: Any, path: Path, facts: Mapping[str, Any]) -> list[Any]:
+    """The engines of decode and prompt, which are one where the file holds but one.
+
+    Deserialised from a map of the file, so that its bytes are in memory but once.
 
     Raises:
-        EngineError: TensorRT does not load it.
+        EngineError: TensorRT does not load them.
     """
+    split = facts["decode"]["start"] if facts.get("decode") else None
+    runtime = trt.module.Runtime(log)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        engine = trt.module.Runtime(log).deserialize_cuda_engine(content)
-    if engine is None:
+        parts = [memoryview(content)[:split]] + ([memoryview(content)[split:]] if split else [])
+        try:
+            made = [runtime.deserialize_cuda_engine(part) for part in parts]
+        finally:
+            for part in parts:
+                part.release()  # or the map cannot be closed
+    if None in made:
         raise EngineError(
             f"{trt.label} does not load {path}: {'; '.join(log.errors[-3:])}",
             hint=f"build it again: mamba-deploy build {path.parent}",
         )
-    return engine
+    return [made[-1], made[0]]
 
 
 def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device: Device) -> None:
@@ -557,13 +579,14 @@ def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device:
             )
 
 
-def _check_tensors(engine: Any, contract: Contract, others: Sequence[str]) -> None:
-    """Raise unless the engine takes and gives what the contract says, and these others."""
+def _check_tensors(engine: Any, contract: Contract, others: Iterable[str], without: Sequence[str] = ()) -> None:
+    """Raise unless the engine takes and gives what the contract says, but for some, and these others."""
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    wanted = {spec.name for spec in contract.tensors} | set(others)
+    specs = [spec for spec in contract.tensors if spec.name not in without]
+    wanted = {spec.name for spec in specs} | set(others)
     if odd := sorted(names ^ wanted):
         raise EngineError(f"the engine and the contract do not have the same tensors: {', '.join(odd[:4])}")
-    for spec in contract.tensors:
+    for spec in specs:
         dtype = _TRT_DTYPES.get(engine.get_tensor_dtype(spec.name).name)
         if dtype != spec.dtype:
             raise EngineError(f"the engine has {spec.name} in {dtype} where the contract says {spec.dtype}")

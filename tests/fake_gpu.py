@@ -191,14 +191,21 @@ class FakeEngine:
         self.device, self.bundle = device, Bundle.open(said["bundle"])
         marked = said.get("mark", [])
         self.facts = said.get("facts") or self.bundle.engine("tensorrt")
+        self.part = said.get("part")
         self.tensors = {spec.name: spec for spec in self.bundle.contract.tensors}
+        self.weights: dict[str, Any] = {}  # that are inputs
+        if self.part == "decode":
+            del self.tensors["next_token"]
+            self.weights, self.session = step_session(self.bundle)
+            dtype = self.bundle.contract.dtype
+            self.tensors |= {name: TensorSpec(name, "in", dtype, w.shape, "weight") for name, w in self.weights.items()}
         axes = ("batch", "seq", self.bundle.config.d_model)
         self.tensors |= {name: TensorSpec(name, "out", "float32", axes, "logits") for name in marked}
         if marked:
             from mamba_deploy.exporters.layers import onnxruntime_session  # which needs onnx
 
             self.session = onnxruntime_session(self.bundle, marked, threads=1)
-        else:
+        elif self.part != "decode":
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = 1, 3
             self.session = onnxruntime.InferenceSession(str(self.bundle.path / PORTABLE), options)
@@ -216,6 +223,32 @@ class FakeEngine:
         return tuple(-1 if isinstance(axis, str) else axis for axis in self.tensors[name].axes)
 
 
+def step_session(bundle: Bundle) -> tuple[dict[str, Any], Any]:
+    """ONNX Runtime over the fused graph of a step, and the weights of that graph that lie in the weights file."""
+    import onnx
+
+    from mamba_deploy.exporters.step_graph import step_bodies, step_graph
+
+    model = onnx.load(bundle.path / PORTABLE)
+    weights = {
+        t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name in decode_weights(bundle)
+    }
+    step = step_graph(model, bundle.config, bundle.contract)
+    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    step.functions.extend(step_bodies(bundle.config, bundle.contract, opset))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    return weights, onnxruntime.InferenceSession(step.SerializeToString(), options)
+
+
+def decode_weights(bundle: Bundle) -> dict[str, list[int]]:
+    """Offset and length of what a split engine is given."""
+    from mamba_deploy.exporters.engine_graph import step_parser_graph
+
+    graph = step_parser_graph(bundle.path / PORTABLE, bundle.config, bundle.contract, bind_from=1)
+    return {name: list(place) for name, place in graph.weights.items()}
+
+
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.profile = engine, -1
@@ -230,7 +263,9 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name == "input_ids":
             facts = self.engine.facts
-            limits = [(facts["max_batch"], 1), (facts["prefill_batch"], facts["max_prefill"])][self.profile]
+            assert self.engine.part is None or self.profile == 0
+            profile = self.profile if self.engine.part is None else ["decode", "prompt"].index(self.engine.part)
+            limits = [(facts["max_batch"], 1), (facts["prefill_batch"], facts["max_prefill"])][profile]
             if not all(1 <= size <= limit for size, limit in zip(shape, limits, strict=True)):
                 return False
         self.shapes[name] = tuple(shape)
@@ -257,7 +292,9 @@ class FakeContext:
             feeds, outputs = {}, []
             for spec in self.engine.tensors.values():
                 there, shape, dtype = places[spec.name]
-                if spec.direction == "in":
+                if spec.role == "weight":
+                    assert there.tobytes() == self.engine.weights[spec.name].tobytes(), spec.name
+                elif spec.direction == "in":
                     feeds[spec.name] = there.view(_ORT_DTYPES[dtype]).reshape(shape).copy()
                 else:
                     outputs.append(spec.name)
@@ -349,12 +386,20 @@ class FakeTensorRT:
 
 
 def give_engine(
-    path: Path, *, max_batch: int = 8, max_prefill: int = 2048, prefill_batch: int = 1, **other: Any
+    path: Path,
+    *,
+    max_batch: int = 8,
+    max_prefill: int = 2048,
+    prefill_batch: int = 1,
+    split: bool = False,
+    **other: Any,
 ) -> Bundle:
-    """Put an engine of the fake TensorRT into a bundle."""
+    """Put an engine of the fake TensorRT into a bundle; ``split``, one for prompts and one for a fused step."""
     bundle = Bundle.open(path)
     made = bundle.path / ".engine"
-    made.write_text(json.dumps({"bundle": str(bundle.path)}))
+    content = json.dumps({"bundle": str(bundle.path), **({"part": "prompt"} if split else {})})
+    decode = {"start": len(content), "weights": decode_weights(bundle)} if split else None
+    made.write_text(content + (json.dumps({"bundle": str(bundle.path), "part": "decode"}) if split else ""))
     facts = {
         "product": FakeTensorRT.product,
         "version": FakeTensorRT.version,
@@ -367,6 +412,7 @@ def give_engine(
         "max_prefill": max_prefill,
         "prefill_batch": prefill_batch,
         "weights": {},
+        "decode": decode,
         "build_seconds": 1.5,
         **other,
     }
@@ -387,6 +433,7 @@ def build_marked(bundle: Bundle, request: dict[str, Any], folder: Path, say: Cal
         "plugin_sources": FakeTensorRT.plugin_sources,
         "architecture": FakeDevice.architecture,
         "weights": {},
+        "decode": None,
         "build_seconds": 0.0,
     }
 

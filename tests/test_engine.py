@@ -35,14 +35,14 @@ def path(bundle: Any, tmp_path: Path) -> Path:
     return shutil.copytree(bundle("mamba").path, tmp_path / "bundle")
 
 
-@pytest.fixture
-def opened(path: Path) -> Iterator[Open]:
+@pytest.fixture(params=["one-engine", "two-engines"])
+def opened(path: Path, request: pytest.FixtureRequest) -> Iterator[Open]:
     """``opened(can_capture=..., max_batch=...)``: a session over the fakes; at the end nothing may be left there."""
     devices = []
     sessions = []
 
     def of(*, can_capture: bool = True, total: int = 1 << 30, said: list[str] | None = None, **engine: Any) -> Session:
-        given = fake_gpu.give_engine(path, **engine)
+        given = fake_gpu.give_engine(path, split=request.param == "two-engines", **engine)
         devices.append(fake_gpu.FakeDevice(can_capture=can_capture, total=total))
         backend = fake_gpu.open_backend(given, devices[-1], say=(said if said is not None else []).append)
         sessions.append(Session(backend, given.config))
