@@ -37,6 +37,7 @@ class Contender(NamedTuple):
     feed: Callable[[Tensor], Tensor] | None  # [B] or [B, L] tokens -> logits [B, V], from a state of zeros on
     run: Callable[[], Any]  # what is timed
     steps: int  # of a turn
+    owns: Any = None  # whose memory a CUDA graph uses
 
 
 class Kernels(NamedTuple):
@@ -243,7 +244,7 @@ def captured(
         graph.replay()
         return logits
 
-    return Contender(feed, lambda: (graph.replay(), likeliest)[0], steps)
+    return Contender(feed, lambda: (graph.replay(), likeliest)[0], steps, owns=read)
 
 
 def peer_step(model: MambaModel, kernels: Kernels, tokens: Tensor, state_dtype: torch.dtype, steps: int) -> Contender:
