@@ -137,6 +137,11 @@ struct Neighbours {
 #pragma unroll
         for (int i = 0; i < kWords; i++) words[i] = __ldg(reinterpret_cast<const typename Word<kWord>::type*>(p) + i);
     }
+    // Of what a kernel ahead wrote, it may be after this one had started.
+    __device__ __forceinline__ void load_written(const T* p) {
+#pragma unroll
+        for (int i = 0; i < kWords; i++) words[i] = reinterpret_cast<const typename Word<kWord>::type*>(p)[i];
+    }
     // Read once, not again before it is written.
     __device__ __forceinline__ void load_streaming(const T* p) {
 #pragma unroll

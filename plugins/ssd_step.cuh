@@ -55,13 +55,13 @@ struct StepHead {
         for (int i = 0; i < ITERS; i++) {
             const int n = n0 + i * stride;
             if (n < a.state_size) {
-                B[i].load(b_row + n);
-                C[i].load(c_row + n);
+                B[i].load_written(b_row + n);
+                C[i].load_written(c_row + n);
             }
         }
-        const float dt = to_float(load_constant(at.dt + b * at.dt_row + h));
+        const float dt = to_float(at.dt[b * at.dt_row + h]);
         const float A = __ldg(a.A + h), bias = a.dt_bias == nullptr ? 0.0f : __ldg(a.dt_bias + h);
-        used = __ldg(a.seq_lens + b) > 0;
+        used = a.seq_lens[b] > 0;
         delta = step_size(a, dt, bias);
         decay = expf(delta * A);
     }
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdSca
     float x[SETS], y[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
-        x[s] = UNIFORM || first + s * kRows < rows ? to_float(load_constant(xs + s * kRows)) : 0.0f;
+        x[s] = UNIFORM || first + s * kRows < rows ? to_float(xs[s * kRows]) : 0.0f;
     }
     float skip = 0.0f;  // of the row this lane writes
     float gate = 1.0f;
