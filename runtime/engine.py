@@ -311,19 +311,20 @@ class TensorRTBackend:
     # --- for bench ------------------------------------------------------------------------------------------------
 
     def kernels_a_step(self, state: GpuState) -> int | None:
-        """Kernels in the CUDA graph of one token a row; None without graphs. The state is left as it is."""
+        """Kernels in the CUDA graph that decoding replays; None without graphs. The state is left as it is."""
         with self.device:
             state.check()
-            graph = self._step_graph(state)
+            graph = self._replayed(state)
         return None if graph is None else graph.kernels
 
     def time_replays(self, tokens: NDArray[np.int32], count: int, state: GpuState) -> float | None:
-        """Seconds of the GPU's time for ``count`` steps that read the same tokens: the bare graph, no logits copied.
+        """Seconds of the GPU's time for ``count`` greedy steps: the bare graph, with the choice of the next tokens.
 
-        One more step is enqueued before them, so that the GPU has work while the host enqueues the first.
+        One more step is enqueued before them, so that the GPU has work while the host enqueues the first. Where tokens
+        are chosen on the host, steps read the same ones.
 
         Args:
-            tokens: [B] int32.
+            tokens: [B] int32, read first.
             count: Steps that are timed.
             state: Of B rows; it is advanced.
 
@@ -335,7 +336,7 @@ class TensorRTBackend:
         """
         with self.device as device:
             state.check()
-            graph = self._step_graph(state)
+            graph = self._replayed(state)
             if graph is None:
                 return None
 
@@ -344,11 +345,16 @@ class TensorRTBackend:
                     graph.launch()
 
             state.is_lost = True  # until all of it is done
-            self._load(tokens, np.ones(state.batch, np.int32))
+            self.load(tokens, np.ones(state.batch, np.int32), 0)
             graph.launch()
             seconds = device.elapsed(replay)
             state.since, state.is_lost = None, False
             return seconds
+
+    def _replayed(self, state: GpuState) -> Graph | None:
+        """A step with the choice of the likeliest tokens; without it where the host chooses them."""
+        self._set_endings([])
+        return self._choosing_graph(state, {}) or self._step_graph(state)
 
     # --- running ahead --------------------------------------------------------------------------------------------
 
@@ -375,43 +381,50 @@ class TensorRTBackend:
             None where this cannot be done here: no CUDA graphs, no kernels, or a repetition penalty, for which the host
             must know each token.
         """
-        if not self._use_graphs or sampling.repetition_penalty != 1 or len(eos_ids) > _MAX_EOS:
+        if sampling.repetition_penalty != 1 or len(eos_ids) > _MAX_EOS:
             return None
-        kernels = self._load_kernels()
-        if kernels is None:
-            return None
-        with self.device as device:
+        filters: dict[str, Any] = {}
+        if sampling.temperature > 0:
+            filters = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            filters["top_k"] = min(sampling.top_k, self._vocab_size)
+        with self.device:
             state.check()
-            batch, V = state.batch, self._vocab_size
-            self._host_eos[:] = -1
-            self._host_eos[: len(eos_ids)] = eos_ids
-            device.upload(self._eos.address, self._host_eos)
-            filters: dict[str, Any] = {}
-            uniform = None
-            if sampling.temperature > 0:
-                filters = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-                filters["top_k"] = min(sampling.top_k, V)
-                uniform = View(self._uniform_address, (LOG_STEPS, batch), "float64")
-
-            def enqueue() -> None:
-                self._enqueue(DECODE)
-                kernels.sample_token(
-                    View(self._logits.address, (batch, V), "float32"),
-                    uniform,
-                    steps=View(self._steps.address, (batch,), "int32"),
-                    tokens=View(self._ids.address, (batch,), "int32"),
-                    log=View(self._log_address, (LOG_STEPS, batch), "int32"),
-                    seq_lens=View(self._lens.address, (batch,), "int32"),
-                    eos_ids=View(self._eos.address, (_MAX_EOS,), "int32"),
-                    stream=device.stream,
-                    **filters,
-                )
-
-            self._bind(DECODE, batch, 1, state.addresses)
-            graph = self._graph(("ahead", batch, *filters.values()), state, enqueue)
+            self._set_endings(eos_ids)
+            graph = self._choosing_graph(state, filters)
         if graph is None:
             return None
         return Ahead(self, state, graph, tokens, limit, draw if filters else None)
+
+    def _set_endings(self, eos_ids: Sequence[int]) -> None:
+        self.device.synchronize()  # nothing reads the host array any more
+        self._host_eos[:] = -1
+        self._host_eos[: len(eos_ids)] = eos_ids
+        self.device.upload(self._eos.address, self._host_eos)
+
+    def _choosing_graph(self, state: GpuState, filters: Mapping[str, Any]) -> Graph | None:
+        """Of one token a row and the choice of the next, greedy without filters; None without graphs or the kernel."""
+        kernels = self._load_kernels() if self._use_graphs else None
+        if kernels is None:
+            return None
+        batch, V = state.batch, self._vocab_size
+        uniform = View(self._uniform_address, (LOG_STEPS, batch), "float64") if filters else None
+
+        def enqueue() -> None:
+            self._enqueue(DECODE)
+            kernels.sample_token(
+                View(self._logits.address, (batch, V), "float32"),
+                uniform,
+                steps=View(self._steps.address, (batch,), "int32"),
+                tokens=View(self._ids.address, (batch,), "int32"),
+                log=View(self._log_address, (LOG_STEPS, batch), "int32"),
+                seq_lens=View(self._lens.address, (batch,), "int32"),
+                eos_ids=View(self._eos.address, (_MAX_EOS,), "int32"),
+                stream=self.device.stream,
+                **filters,
+            )
+
+        self._bind(DECODE, batch, 1, state.addresses)
+        return self._graph(("ahead", batch, *filters.values()), state, enqueue)
 
     def load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32], step: int) -> None:
         """See :class:`mamba_deploy.runtime.ahead.Buffers`."""

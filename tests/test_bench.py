@@ -329,7 +329,7 @@ def test_three_figures_of_a_step(on_gpu: OnGpu, path: Path) -> None:
     for row, batch in zip(report.decode, (1, 3), strict=True):
         copied = 2 * state_bytes(contract, batch) / fake_gpu.FakeDevice.bandwidth  # the state, at times
         assert list(row.figures) == ["device", "generate", "step"]
-        assert row.kernels == 1, "of the bare step, without the choice of tokens"
+        assert row.kernels == 2, "the engine and the choice of tokens"
         device, generate, step = row.figures.values()
         assert device.samples == pytest.approx([1e-3] * 20, rel=1e-12), "200 steps, 10 a sample; nothing is copied"
         assert generate.samples == pytest.approx([1e-3 + copied / 32] * 20, rel=1e-9), "one copy of the state for 32"
@@ -353,10 +353,10 @@ def test_replays_are_launched_and_the_session_goes_on(path: Path) -> None:
         state = backend.new_state(2)
         backend.run(np.array([[1, 2], [3, 4]], np.int32), np.array([2, 2], np.int32), state)
         before = state.snapshot()
-        assert backend.kernels_a_step(state) == 1
+        assert backend.kernels_a_step(state) == 2  # the engine and the choice
         after = state.snapshot()
         assert all(np.array_equal(after.arrays[name], before.arrays[name]) for name in before.arrays)
-        graph = backend._graphs["step", 2]
+        graph = backend._graphs["ahead", 2]
         launches = graph.launches
         assert backend.time_replays(np.array([7, 8], np.int32), 4, state) == pytest.approx(4e-3)
         assert graph.launches == launches + 5
@@ -367,8 +367,9 @@ def test_replays_are_launched_and_the_session_goes_on(path: Path) -> None:
         after = state.snapshot()
         assert all(np.array_equal(after.arrays[name], replayed.arrays[name]) for name in replayed.arrays)
         session.restore(before)
-        for _ in range(5):
-            session.step([7, 8])
+        tokens = np.array([7, 8])
+        for _ in range(5):  # each reads what the one before chose
+            tokens = session.step(tokens).argmax(-1)
         stepped = session.snapshot()
         for name, array in stepped.arrays.items():
             np.testing.assert_allclose(replayed.arrays[name], array, rtol=1e-5, atol=1e-6)
@@ -380,7 +381,7 @@ def test_replays_that_break_off_leave_no_state_to_go_on_with(path: Path) -> None
     with Session(fake_gpu.open_backend(given, device), given.config) as session:
         backend: Any = session.backend
         state = backend.new_state(1)
-        assert backend.kernels_a_step(state) == 1
+        assert backend.kernels_a_step(state) == 2  # the engine and the choice
 
         def interrupt() -> None:
             if len(device.queue) > 4:
@@ -768,5 +769,5 @@ def test_the_command_on_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert facts["machine"] == "Fake GPU"
     assert facts["engine"]["build_seconds"] == 1.5
     assert facts["gpu_memory_bytes"] > 0
-    assert [row["kernels"] for row in facts["decode"]] == [1, 1]
+    assert [row["kernels"] for row in facts["decode"]] == [2, 2]
     assert len(closed) == 2
