@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from mamba_deploy.bundle import Bundle
 from mamba_deploy.contract import Contract, numpy_dtype, to_float32
 from mamba_deploy.errors import BundleError, EngineError, InputError, MissingDependencyError
 from mamba_deploy.runtime.generate import Statistics
@@ -44,11 +47,20 @@ Rows = Sequence[Sequence[int]]
 Bundles = Callable[..., Any]  # the factory of conftest.py
 
 
+COPIES = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def with_engine(path: Path) -> Bundle:
+    """A copy that has an engine: other files of tests use the bundle too."""
+    return fake_gpu.give_engine(shutil.copytree(path, tempfile.mkdtemp(dir=COPIES.name), dirs_exist_ok=True))
+
+
 def opened(path: Path, how: str, **options: Any) -> Session:
     if how == "torch":
         return Session.open(path, "torch", **options)
     if how == "engine":
-        bundle = fake_gpu.give_engine(path)
+        bundle = with_engine(path)
         directory = path if bundle.has("tokenizer.json") else None
         return Session(fake_gpu.open_backend(bundle), bundle.config, tokenizer_directory=directory, **options)
     if how == "ortvalue":
