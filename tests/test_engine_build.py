@@ -214,6 +214,15 @@ def test_bundled_samples(model: str, dtype: str, tmp_path: Path) -> None:
 
 @needs_rtx
 @pytest.mark.slow
+def test_one_engine_of_the_graphs_own_operators_on_demand(tmp_path: Path) -> None:
+    out = export(ROOT / "samples" / "tiny-mamba2", tmp_path / "out").path
+    facts = json.loads(command(out, "--backend", RTX, "--no-fuse", "--json").stdout)["engine"]
+    assert (facts["decode"], facts["weights"]) == (None, {})
+    assert (out / ENGINE).stat().st_size > (out / WEIGHTS).stat().st_size
+
+
+@needs_rtx
+@pytest.mark.slow
 def test_an_engine_is_little_larger_than_its_weights(tmp_path: Path) -> None:
     import transformers
 
