@@ -1,6 +1,6 @@
 """The custom ops on the ONNX side: schemas, and function bodies that let stock ONNX Runtime run them.
 
-The schemas are those of the design: domain ``mamba_deploy``, version 1, token-major, optional inputs in place. A body
+The schemas are those of ``plugins/rules.py``: domain ``mamba_deploy``, token-major, optional inputs in place. A body
 is written for one model (its K, N, H, which optional inputs it has) and one opset, as ONNX text. A TensorRT plugin of
 the same name takes the place of a body.
 
@@ -18,68 +18,25 @@ from onnx.defs import OpSchema
 
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
+from mamba_deploy.plugins.rules import DOMAIN, OPS, Tensor
 
-__all__ = ["DOMAIN", "OP_ATTRIBUTES", "VERSION", "function_bodies", "input_names", "register_schemas"]
+__all__ = ["DOMAIN", "OP_ATTRIBUTES", "PLUGIN", "VERSION", "function_bodies", "input_names", "register_schemas"]
 
-DOMAIN = "mamba_deploy"
 VERSION = 1
 
 _ACTIVATION = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_INPUTS = {
-    "MambaCausalConv1d": "x:T weight:T bias?:T conv_state:T seq_lens:I",
-    "MambaSelectiveScan": "x:T dt:T A:F B:T C:T D?:F z?:T dt_bias?:F ssm_state:S seq_lens:I",
-    "MambaSsdScan": "x:T dt:T A:F B:T C:T D?:F dt_bias?:F ssm_state:S seq_lens:I",
-    "MambaLastToken": "x:T seq_lens:I",
-    "MambaInProj": "hidden:F norm_weight:F weight:T bias?:T conv_weight:T conv_bias?:T conv_state:T seq_lens:I",
-    "MambaXProj": "x:T weight:T",
-    "MambaSelectiveUpdate": "xz:T low:T dt_weight:T A:F D?:F dt_bias?:F ssm_state:S seq_lens:I",
-    "MambaSsdUpdate": "projected:T A:F D?:F dt_bias?:F ssm_state:S seq_lens:I",
-    "MambaOutProj": "x:T norm_weight?:F weight:T bias?:T residual:F",
-    "MambaHead": "hidden:F norm_weight:F weight:T",
-}
-_OUTPUTS = {
-    "MambaCausalConv1d": "y:T conv_state_out:T",
-    "MambaSelectiveScan": "y:T ssm_state_out:S",
-    "MambaSsdScan": "y:T ssm_state_out:S",
-    "MambaLastToken": "y:T",
-    "MambaInProj": "y:T conv_state_out:T",
-    "MambaXProj": "y:T",
-    "MambaSelectiveUpdate": "y:T ssm_state_out:S",
-    "MambaSsdUpdate": "y:T ssm_state_out:S",
-    "MambaOutProj": "y:F",
-    "MambaHead": "y:F",
-}
-_PLUGIN = {"plugin_version": OpSchema.AttrType.STRING, "plugin_namespace": OpSchema.AttrType.STRING}
+_LETTERS = {"float32": "F", "int32": "I"}  # T and S stand for themselves
+_ATTRIBUTE = {str: OpSchema.AttrType.STRING, int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT}
+PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}  # by which TensorRT finds the plugin of a node
 OP_ATTRIBUTES = {
-    "MambaCausalConv1d": {"activation": OpSchema.AttrType.STRING, **_PLUGIN},
-    "MambaSelectiveScan": {"dt_softplus": OpSchema.AttrType.INT, **_PLUGIN},
-    "MambaSsdScan": {
-        "dt_softplus": OpSchema.AttrType.INT,
-        "dt_min": OpSchema.AttrType.FLOAT,
-        "dt_max": OpSchema.AttrType.FLOAT,
-        "n_groups": OpSchema.AttrType.INT,
-        "chunk_size": OpSchema.AttrType.INT,
-        **_PLUGIN,
-    },
-    "MambaLastToken": dict(_PLUGIN),
-    "MambaInProj": {"eps": OpSchema.AttrType.FLOAT, "conv_first": OpSchema.AttrType.INT, **_PLUGIN},
-    "MambaXProj": dict(_PLUGIN),
-    "MambaSelectiveUpdate": {"norm_eps": OpSchema.AttrType.FLOAT, **_PLUGIN},
-    "MambaSsdUpdate": {
-        "dt_softplus": OpSchema.AttrType.INT,
-        "dt_min": OpSchema.AttrType.FLOAT,
-        "dt_max": OpSchema.AttrType.FLOAT,
-        "n_groups": OpSchema.AttrType.INT,
-        **_PLUGIN,
-    },
-    "MambaOutProj": {"eps": OpSchema.AttrType.FLOAT, "n_groups": OpSchema.AttrType.INT, **_PLUGIN},
-    "MambaHead": {"eps": OpSchema.AttrType.FLOAT, **_PLUGIN},
+    op: {name: _ATTRIBUTE[type(value)] for name, value in {**rule.attributes, **PLUGIN}.items()}
+    for op, rule in OPS.items()
 }
 
 
 def input_names(op: str) -> list[str]:
     """Input names of a custom op, in order; optional ones among them."""
-    return [field.split(":")[0].removesuffix("?") for field in _INPUTS[op].split()]
+    return [tensor.name for tensor in OPS[op].inputs]
 
 
 @functools.cache
@@ -91,27 +48,29 @@ def register_schemas() -> None:
         "F": ("F", ["tensor(float)"], "parameters kept in float32"),
         "I": ("I", ["tensor(int32)"], "lengths"),
     }
-    for op, fields in _INPUTS.items():
-        outputs = _OUTPUTS[op]
-        used = {field.split(":")[1] for field in f"{fields} {outputs}".split()}
+    for op, rule in OPS.items():
+        used = {_letter(tensor) for tensor in (*rule.inputs, *rule.outputs)}
         onnx.defs.register_schema(
             OpSchema(
                 op,
                 DOMAIN,
                 VERSION,
-                inputs=[_parameter(field) for field in fields.split()],
-                outputs=[_parameter(field) for field in outputs.split()],
+                inputs=[_parameter(tensor) for tensor in rule.inputs],
+                outputs=[_parameter(tensor) for tensor in rule.outputs],
                 type_constraints=[constraints[letter] for letter in sorted(used)],
                 attributes=[OpSchema.Attribute(n, t, "", required=False) for n, t in OP_ATTRIBUTES[op].items()],
             )
         )
 
 
-def _parameter(field: str) -> OpSchema.FormalParameter:
-    name, letter = field.split(":")
+def _letter(tensor: Tensor) -> str:
+    return _LETTERS.get(tensor.dtype, tensor.dtype)
+
+
+def _parameter(tensor: Tensor) -> OpSchema.FormalParameter:
     option = OpSchema.FormalParameterOption
-    kind = option.Optional if name.endswith("?") else option.Single
-    return OpSchema.FormalParameter(name.removesuffix("?"), letter, param_option=kind)
+    kind = option.Optional if tensor.optional else option.Single
+    return OpSchema.FormalParameter(tensor.name, _letter(tensor), param_option=kind)
 
 
 def function_bodies(config: MambaConfig, contract: Contract, opset: int) -> list[onnx.FunctionProto]:
@@ -130,7 +89,7 @@ def function_bodies(config: MambaConfig, contract: Contract, opset: int) -> list
 def parse_function(op: str, body: str, *, opset: int, domains: str = "") -> onnx.FunctionProto:
     """A FunctionProto from ONNX text; ``domains`` are further opset imports."""
     attributes = ", ".join(OP_ATTRIBUTES[op])
-    outputs = ", ".join(field.split(":")[0] for field in _OUTPUTS[op].split())
+    outputs = ", ".join(tensor.name for tensor in OPS[op].outputs)
     return onnx.parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}{domains}]>\n'
         f"{op} <{attributes}> ({', '.join(input_names(op))}) => ({outputs}) {{\n{body}\n}}"

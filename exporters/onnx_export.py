@@ -26,14 +26,13 @@ from mamba_deploy import ops
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError
-from mamba_deploy.exporters.functions import DOMAIN, VERSION, function_bodies, register_schemas
+from mamba_deploy.exporters.functions import DOMAIN, PLUGIN, VERSION, function_bodies, register_schemas
 from mamba_deploy.model import MambaModel, ModelState
 
 __all__ = ["OPSETS", "WEIGHTS_NAME", "export_onnx"]
 
 OPSETS = range(18, 24)
 WEIGHTS_NAME = "model.onnx.data"
-_PLUGIN = {"plugin_version": "1", "plugin_namespace": ""}
 
 
 class Graph(nn.Module):
@@ -117,11 +116,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     nodes = onnxscript.values.Opset(DOMAIN, VERSION)
 
     def conv(x, weight, bias, conv_state, seq_lens, activation: str):  # type: ignore[no-untyped-def]
-        return nodes.MambaCausalConv1d(x, weight, bias, conv_state, seq_lens, activation=activation, **_PLUGIN)
+        return nodes.MambaCausalConv1d(x, weight, bias, conv_state, seq_lens, activation=activation, **PLUGIN)
 
     def selective(x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, dt_softplus: bool):  # type: ignore[no-untyped-def]
         return nodes.MambaSelectiveScan(
-            x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, dt_softplus=int(dt_softplus), **_PLUGIN
+            x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, dt_softplus=int(dt_softplus), **PLUGIN
         )
 
     def ssd(  # type: ignore[no-untyped-def]
@@ -131,11 +130,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return nodes.MambaSsdScan(
             x, dt, A, B, C, D, dt_bias, ssm_state, seq_lens,
             dt_softplus=int(dt_softplus), dt_min=dt_min, dt_max=dt_max, n_groups=n_groups, chunk_size=chunk_size,
-            **_PLUGIN,
+            **PLUGIN,
         )  # fmt: skip
 
     def last(x, seq_lens):  # type: ignore[no-untyped-def]
-        return nodes.MambaLastToken(x, seq_lens, **_PLUGIN)
+        return nodes.MambaLastToken(x, seq_lens, **PLUGIN)
 
     torch_ops = torch.ops.mamba_deploy
     return {

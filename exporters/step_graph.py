@@ -16,6 +16,7 @@ from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract, TensorSpec
 from mamba_deploy.exporters.functions import (
     DOMAIN,
+    PLUGIN,
     VERSION,
     conv_body,
     element_type,
@@ -80,11 +81,8 @@ def step_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract) 
         return found
 
     def ours(op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
-        node = helper.make_node(op, inputs, outputs, name=f"node_{outputs[0]}", domain=DOMAIN, **attributes)
-        node.attribute.extend(
-            helper.make_attribute(n, v) for n, v in {"plugin_version": "1", "plugin_namespace": ""}.items()
-        )
-        nodes.append(node)
+        made = {**attributes, **PLUGIN}
+        nodes.append(helper.make_node(op, inputs, outputs, name=f"node_{outputs[0]}", domain=DOMAIN, **made))
 
     nodes.append(
         helper.make_node("Gather", [weight("embedding.weight"), "input_ids"], ["embedded"], name="node_embedding")
