@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle
+from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle, bound_weights
 from mamba_deploy.contract import Contract, numpy_dtype, to_float32
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
@@ -108,13 +108,12 @@ class TensorRTBackend:
         path = engine.path if engine else bundle.file(ENGINES[backend])
         engines = load_engines(trt, log, path, facts)
         marked = engine.marked if engine else ()
-        self._bound_weights = [facts["weights"], facts["weights"]]  # by profile
-        if facts.get("decode"):
-            self._bound_weights[DECODE] = facts["decode"]["weights"]
-        _check_tensors(engines[PROMPT], self._contract, [*facts["weights"], *marked])
-        if facts.get("decode"):
-            _check_tensors(engines[DECODE], self._contract, self._bound_weights[DECODE], without=("next_token",))
-        self._has_next_token = [not facts.get("decode"), True]
+        decode = facts.get("decode")  # where it has an engine of its own
+        weights = [decode["weights"] if decode else facts["weights"], facts["weights"]]  # by profile
+        _check_tensors(engines[PROMPT], self._contract, [*weights[PROMPT], *marked])
+        if decode:
+            _check_tensors(engines[DECODE], self._contract, weights[DECODE], without=("next_token",))
+        self._has_next_token = [not decode, True]
         self._engines: list[Any] = engines
         self._log = log
 
@@ -125,8 +124,7 @@ class TensorRTBackend:
         contract, V = self._contract, next(s for s in self._contract.outputs if s.role == "logits").axes[-1]
         assert isinstance(V, int)
         self._vocab_size = V
-        places = {name: place for of_profile in self._bound_weights for name, place in of_profile.items()}
-        self._weights = self._upload_weights(bundle, places, allocate)
+        self._weights = self._upload_weights(bundle, bound_weights(facts), allocate)
         scratch = max(trt.memory_bytes(of_profile) for of_profile in engines)
         memory = allocate(scratch, "the engine's scratch memory")
         state = state_bytes(contract, self.max_batch)
@@ -160,13 +158,13 @@ class TensorRTBackend:
         self._contexts = []
         for profile, of_profile in enumerate(engines):
             context = trt.new_context(of_profile, memory.address, scratch)
-            index = 0 if facts.get("decode") else profile
+            index = 0 if decode else profile
             if context is None or not context.set_optimization_profile_async(index, self.device.stream):
                 raise EngineError(f"{trt.label} makes no execution context: {'; '.join(log.errors[-3:])}")
-            for name in self._bound_weights[profile]:
+            for name in weights[profile]:
                 context.set_input_shape(name, tuple(of_profile.get_tensor_shape(name)))
                 context.set_tensor_address(name, self._weights[name])
-            if profile == PROMPT or not facts.get("decode"):
+            if profile == PROMPT or not decode:
                 for name, (address, _, _) in self._marked.items():
                     context.set_tensor_address(name, address)
             self._contexts.append(context)
