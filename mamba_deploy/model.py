@@ -46,9 +46,9 @@ class RMSNorm(nn.Module):
         return rms_normalise(grouped, self.eps).flatten(-2) * self.weight
 
 
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, as float32."""
-    x = x.float()
+def rms_normalise(x: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in this dtype."""
+    x = x.to(dtype)
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
 
 

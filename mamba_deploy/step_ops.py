@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_deploy import ops
+from mamba_deploy.model import rms_normalise
 
 __all__ = ["head", "in_proj", "out_proj", "selective_update", "ssd_update", "x_proj"]
 
@@ -23,8 +24,7 @@ def _wide(like: Tensor) -> torch.dtype:
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, groups: int = 1) -> Tensor:
     """Root mean square norm over ``groups`` equal parts of the last axis."""
-    parts = x.to(dtype).unflatten(-1, (groups, -1))
-    normal = (parts * torch.rsqrt((parts * parts).mean(-1, keepdim=True) + eps)).flatten(-2)
+    normal = rms_normalise(x.unflatten(-1, (groups, -1)), eps, dtype).flatten(-2)
     return normal if weight is None else normal * weight.to(dtype)
 
 

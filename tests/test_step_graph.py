@@ -100,18 +100,20 @@ def test_odd_sizes_are_not_covered():
         assert not covers(config, Contract.of(config, dtype="float16"))
 
 
+def inputs_of_a_layer(config):
+    """The residual stream, both states and the lengths of two rows of a token."""
+    shapes = [(1, config.d_model), config.conv_state_shape, config.ssm_state_shape]
+    generator = torch.Generator().manual_seed(0)
+    return *(torch.randn(2, *shape, generator=generator) for shape in shapes), torch.ones(2, dtype=torch.int32)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon"])
 def test_bodies_are_the_references(bundle, kind):
     """The reference in torch of a whole layer is the model's layer."""
     made = bundle(kind)
-    model = made.reference
-    layer, config = model.layers[0], made.bundle.config
+    layer, config = made.reference.layers[0], made.bundle.config
     mixer = layer.mixer
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 1, config.d_model, generator=generator)
-    conv = torch.randn(2, *config.conv_state_shape, generator=generator)
-    ssm = torch.randn(2, *config.ssm_state_shape, generator=generator)
-    lengths = torch.tensor([1, 1], dtype=torch.int32)
+    hidden, conv, ssm, lengths = inputs_of_a_layer(config)
     weight = [w.weight.t() for w in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)]
     projected, conv_out = step_ops.in_proj(
         hidden, layer.norm.weight, weight[0], mixer.in_proj.bias, mixer.conv_weight, mixer.conv_bias, conv, lengths,
@@ -132,11 +134,7 @@ def test_bodies_are_the_references_of_mamba2(bundle, kind):
     made = bundle(kind)
     layer, c = made.reference.layers[0], made.bundle.config
     mixer = layer.mixer
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 1, c.d_model, generator=generator)
-    conv = torch.randn(2, *c.conv_state_shape, generator=generator)
-    ssm = torch.randn(2, *c.ssm_state_shape, generator=generator)
-    lengths = torch.tensor([1, 1], dtype=torch.int32)
+    hidden, conv, ssm, lengths = inputs_of_a_layer(c)
     projected, conv_out = step_ops.in_proj(
         hidden, layer.norm.weight, mixer.in_proj.weight.t(), None, mixer.conv_weight, mixer.conv_bias, conv, lengths,
         c.norm_eps, c.d_inner,
