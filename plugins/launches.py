@@ -655,36 +655,76 @@ def _is_wide(a: _Linear, dtype: int, device: Device) -> bool:
 
 def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
     before, x_dtype = _norm_apart(a, dtype, x_dtype, workspace)
+    if _BYTES[dtype] == _BYTES[x_dtype] == 2 and _is_stream(a, device):
+        return [*before, _stream(a, dtype, device)]
     item = _BYTES[dtype]
     tiles = _ceil(a.outputs, 64 // item)
-    if _is_wide(a, dtype, device):
-        cut = (8, 8, 2) if tiles >= device.multiprocessors else (8, 16, 1) if _some(tiles, device) else (4, 16, 1)
-        columns = 8 if a.batch > 4 * _COLUMNS else 4 if a.batch > 2 * _COLUMNS else 2
-        while columns > 2 and _wide_bytes(*cut, columns) > device.shared_bytes:
-            columns //= 2
-        a.rows, shared, ring = columns * _COLUMNS, _wide_bytes(*cut, columns), False
+    some, roomy = 3 * tiles >= device.multiprocessors, device.major >= 8 and device.shared_bytes >= 160 << 10
+    ring = some and roomy and a.inputs >= 2048
+    nbytes, warps = (4, 16) if not some else (8, 16) if ring else (8, 8)
+    if 2 * tiles >= 3 * device.multiprocessors:
+        nbytes, warps, ring = 16, 8, False
+    in_ring = 8 * 4 * nbytes * 32 * warps if ring else 0
+    outputs = 8 * nbytes // item
+    shared = _most_rows(a, device, item, _BYTES[x_dtype], in_ring, warps * outputs)
+    name = _kernel("step", "linear_kernel", _TYPES[dtype], _TYPES[x_dtype], nbytes, warps, ring)
+    grid = (_ceil(a.outputs, outputs), _ceil(a.batch, a.rows))
+    return [*before, Launch(_STEP, name, grid, (32 * warps,), shared, (a,))]
+
+
+class _Cut(ctypes.Structure):
+    _fields_ = [(n, c_int32) for n in ("split", "along", "share", "part")]
+
+
+_STREAM_WARPS, _MOST_TILES = 8, 16
+
+
+def _is_stream(a: _Linear, device: Device) -> bool:
+    if device.major < 8 or a.norm_weight is not None or not a.by_16:
+        return False
+    few_outputs = 3 * _ceil(a.outputs, 32) < device.multiprocessors
+    return a.batch > _COLUMNS or (device.major >= 9 and a.batch > _NORM_ROWS and a.inputs >= 3072 and few_outputs)
+
+
+def _stream(a: _Linear, dtype: int, device: Device) -> Launch:
+    tiles, steps = _ceil(a.outputs, 16), _ceil(a.inputs, 16)
+
+    def each(split: int) -> int:
+        return _ceil(tiles, device.multiprocessors // split)
+
+    split = 1
+    if a.batch > _COLUMNS:
+        while device.major >= 9 and split < 8 and 2 * each(2 * split) <= 3 * _MOST_TILES and steps >= 24 * split:
+            split *= 2
     else:
-        columns, roomy = 1, device.major >= 8 and device.shared_bytes >= 160 << 10
-        ring = _some(tiles, device) and roomy and a.inputs >= 2048
-        cut = (4, 16, 1) if not _some(tiles, device) else (8, 16, 1) if ring else (8, 8, 1)
-        if 2 * tiles >= 3 * device.multiprocessors:
-            cut, ring = (16, 8, 1), False
-        nbytes, warps, _ = cut
-        in_ring = 8 * 4 * nbytes * 32 * warps if ring else 0
-        shared = _most_rows(a, device, item, _BYTES[x_dtype], in_ring, warps * 8 * nbytes // item)
-    nbytes, warps, groups = cut
-    name = _kernel("step", "linear_kernel", _TYPES[dtype], _TYPES[x_dtype], *cut, columns, ring)
-    grid = (_ceil(a.outputs, groups * 8 * nbytes // item), _ceil(a.batch, a.rows))
-    return [*before, Launch(_STEP, name, grid, (32 * warps * groups,), shared, (a,))]
+        while split < 8 and steps >= 80 * split:
+            split *= 2
+    groups = min(device.multiprocessors // split * _ceil(each(split), _MOST_TILES), tiles)
+    of_group, along = _ceil(tiles, groups), 1
+    while along < 8 and along < of_group:
+        along *= 2
+    if a.batch <= _COLUMNS:
+        of_warp, columns = 1, 1
+    else:
+        of_warp = 1 if of_group <= along else 2
+        columns = 2 if a.batch <= 2 * _COLUMNS else 4 if a.batch <= 4 * _COLUMNS else 8
+    a.rows = min(a.batch, columns * _COLUMNS)
+    turns, share = _STREAM_WARPS // along, 16 * of_warp * along // split
+    depth = 3 if columns == 8 else 4 if columns == 4 else 12 if of_warp == 1 else 8
+    ring = _STREAM_WARPS * depth * 16 * (32 * of_warp + 16)
+    sums = 8 * _STREAM_WARPS * 16 * of_warp * _ceil(a.rows, 2)
+    whole = _ceil(_ceil(steps, split), turns) * turns
 
+    def part_within(limit: int, least: int) -> int:
+        """Steps of x at once, 0 where none fit."""
+        fits = [p for p in range(whole, 0, -turns) if max(ring + a.rows * (16 * p + 8) * 2, sums) <= limit]
+        return fits[0] if fits and (fits[0] == whole or fits[0] + turns > least) else 0
 
-def _some(tiles: int, device: Device) -> bool:
-    return 3 * tiles >= device.multiprocessors
-
-
-def _wide_bytes(nbytes: int, warps: int, groups: int, columns: int) -> int:
-    rows = columns * _COLUMNS
-    return max(_chunk_bytes(16 * 2 * warps, rows, 2), 4 * rows * groups * warps * 4 * nbytes)
+    part = part_within((device.shared_bytes - 1024) // 2, 4 * _STREAM_WARPS) or part_within(device.shared_bytes, turns)
+    shared = max(ring + a.rows * (16 * part + 8) * 2, sums)
+    name = _kernel("step", "stream_kernel", _TYPES[dtype], of_warp, columns)
+    grid, cut = (groups * split, _ceil(a.batch, a.rows)), _Cut(split, along, share, part)
+    return Launch("step_stream.cuh", name, grid, (32 * _STREAM_WARPS,), shared, (a, cut), split)
 
 
 def head(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -710,13 +750,25 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
 
 def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
-    most, item = 1 if call.batch == 1 else 2 if call.batch <= _COLUMNS else 4, _BYTES[call.dtype]
-    rows, warps, channels = min(most, call.batch), 16 // item, 128 // item
-    low = _ceil(rows * _shared_stride(call.rank) * item, 16) * 16
-    shared = low + 4 * _ceil(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels
-    grid = (_ceil(call.channels, channels), _ceil(call.batch, most))
-    name = _kernel("scan", "update_kernel", _TYPES[call.dtype], most)
-    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call,))]
+    item = _BYTES[call.dtype]
+    warps, channels = 16 // item, 128 // item
+    groups, most, rows = (
+        _ceil(call.channels, channels),
+        3 * _COLUMNS if item == 2 and device.major >= 8 else _COLUMNS,
+        1,
+    )
+    while rows < min(call.batch, most) and groups * _ceil(call.batch, rows) > 2 * device.multiprocessors:
+        rows += 1
+
+    def nbytes(rows: int) -> int:
+        low = _ceil(rows * _shared_stride(call.rank) * item, 16) * 16
+        return low + 4 * _ceil(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels
+
+    while rows > 1 and nbytes(rows) > device.shared_bytes:
+        rows -= 1
+    name = _kernel("scan", "update_kernel", _TYPES[call.dtype], rows if rows <= 2 else _ceil(rows, _COLUMNS) * _COLUMNS)
+    grid, arguments = (groups, _ceil(call.batch, rows)), (call, c_int32(rows))
+    return [Launch("selective_update.cuh", name, grid, (32 * warps,), nbytes(rows), arguments)]
 
 
 # --- workspace ---------------------------------------------------------------------------------------------------

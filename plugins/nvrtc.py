@@ -44,6 +44,7 @@ class Launch(NamedTuple):
     threads: tuple[int, ...]
     shared: int  # bytes of dynamic shared memory
     arguments: tuple[Any, ...]  # of ctypes
+    cluster: int = 1  # blocks of a cluster, along x
 
 
 class Device(NamedTuple):
@@ -109,9 +110,27 @@ def launch(launches: list[Launch], device: Device, stream: int) -> None:
         function = _function(context, one.source, one.kernel, one.shared, device.major * 10 + device.minor)
         grid, threads = (*one.grid, 1, 1)[:3], (*one.threads, 1, 1)[:3]
         pointers = (ctypes.c_void_p * len(one.arguments))(*(ctypes.addressof(a) for a in one.arguments))
-        _driver_call(
-            driver.cuLaunchKernel(function, *grid, *threads, one.shared, stream, ctypes.addressof(pointers), 0)
-        )
+        if one.cluster == 1:
+            answer = driver.cuLaunchKernel(function, *grid, *threads, one.shared, stream, ctypes.addressof(pointers), 0)
+        else:
+            answer = driver.cuLaunchKernelEx(
+                _clusters(grid, threads, one.shared, stream, one.cluster), function, ctypes.addressof(pointers), 0
+            )
+        _driver_call(answer)
+
+
+def _clusters(grid: tuple[int, ...], threads: tuple[int, ...], shared: int, stream: int, cluster: int) -> Any:
+    """How a kernel of clusters of blocks is launched."""
+    driver, _ = _bindings()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    size = attribute.value.clusterDim
+    size.x, size.y, size.z = cluster, 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads
+    config.sharedMemBytes, config.hStream, config.numAttrs, config.attrs = shared, stream, 1, [attribute]
+    return config
 
 
 def _function(context: int, source: str, kernel: str, shared: int, architecture: int) -> Any:

@@ -77,19 +77,29 @@ struct FourStates {
     }
 };
 
+// What a lane needs of a row besides the product.
+template <typename T>
+struct UpdateRow {
+    FourStates states;
+    T x, z;
+    bool used;
+};
+
 template <typename T, int ROWS>
-__global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(0, 1)) update_kernel(const MambaSelectiveUpdate a) {
-    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>;
-    using Own = step::Product<T, 16, kWarps, 1>;
+__global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2 ? 2 : 0, 1)) update_kernel(
+    const MambaSelectiveUpdate a, const int rows_of_block) {
+    if constexpr (ROWS > step::kColumns && !step::kTensorCores<T>) return;
+    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kAhead = ROWS < 4 ? ROWS : 4;
+    using Own = step::Product<T, 16, kWarps, (ROWS + step::kColumns - 1) / step::kColumns>;
     static_assert(Own::kOutputs == kChannels, "a block's channels are what it has products of");
     extern __shared__ float4 memory[];
     const int R = a.rank, N = a.state_size, D = a.channels, stride = step::shared_stride(R);
-    const UpdateLayout layout(a, min(ROWS, a.batch), sizeof(T), kWarps * kChannels);
+    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels);
     T* const low = reinterpret_cast<T*>(memory);                                                          // [rows, stride]
     float* const states = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + layout.states);      // [rows, 2 N]
     float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + layout.sums);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int b0 = blockIdx.y * ROWS, rows = min(ROWS, a.batch - b0), first = blockIdx.x * kChannels;
+    const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
 
     Own product(static_cast<const T*>(a.dt_weight), R, D, first, warp, nullptr);
     product.begin();
@@ -111,15 +121,15 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(0, 1)) u
     let_next_start();
     wait_for_previous();
 
-    FourStates held[ROWS];
-    T x[ROWS], z[ROWS];
-    bool used[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (r >= rows) break;
+    UpdateRow<T> ahead[kAhead];
+    const auto fetch = [&](UpdateRow<T>& of, int r) {
         const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + r} * D + c;
-        x[r] = xz[0], z[r] = xz[D], used[r] = a.seq_lens[b0 + r] > 0;
-        if (whole) held[r].load(a.ssm_state, state_of(r) + 4 * share, a.state_dtype);
+        of.x = xz[0], of.z = xz[D], of.used = a.seq_lens[b0 + r] > 0;
+        if (whole) of.states.load(a.ssm_state, state_of(r) + 4 * share, a.state_dtype);
+    };
+#pragma unroll
+    for (int r = 0; r < kAhead; r++) {
+        if (r < rows) fetch(ahead[r], r);
     }
     const auto put = [&](int r, int i, T v) {  // place i of a row of low
         if (i < R) {
@@ -155,37 +165,45 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(0, 1)) u
     product.put(sums, rows);
     __syncthreads();
 
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        if (r >= rows) break;
+    const auto update = [&](UpdateRow<T>& of, int r) {
         const float dt = to_float(from_float<T>(Own::sum(sums, rows, r * kChannels + of_block)));
-        const float delta = softplus(dt + bias), drive = delta * to_float(x[r]);
+        const float delta = softplus(dt + bias), x = to_float(of.x), drive = delta * x;
         const float *const B = states + r * 2 * N, *const C = B + N;
         float y = 0.0f;
         if (whole) {
             float h[4];
-            held[r].get(h, a.state_dtype);
+            of.states.get(h, a.state_dtype);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 h[i] = fmaf(exp2_approx(delta * rates[i]), h[i], drive * B[4 * share + i]);
                 y = fmaf(h[i], C[4 * share + i], y);
             }
-            if (used[r]) held[r].set(h, a.state_dtype);
-            if (exists) held[r].store(a.ssm_state_out, state_of(r) + 4 * share, a.state_dtype);
+            if (of.used) of.states.set(h, a.state_dtype);
+            if (exists) of.states.store(a.ssm_state_out, state_of(r) + 4 * share, a.state_dtype);
         } else {
             for (int n = share; n < N; n += kUpdateLanes) {
                 const int64_t at = state_of(r) + n;
                 const float before = load_state(a.ssm_state, at, a.state_dtype);
                 const float h = fmaf(exp2_approx(kLog2E * delta * __ldg(A + n)), before, drive * B[n]);
                 y = fmaf(h, C[n], y);
-                if (exists) store_state(a.ssm_state_out, at, a.state_dtype, used[r] ? h : before);
+                if (exists) store_state(a.ssm_state_out, at, a.state_dtype, of.used ? h : before);
             }
         }
 #pragma unroll
         for (int offset = kUpdateLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
         if (share == 0 && exists) {
-            const float out = used[r] ? fmaf(skip, to_float(x[r]), y) * silu(to_float(z[r])) : 0.0f;
+            const float out = of.used ? fmaf(skip, x, y) * silu(to_float(of.z)) : 0.0f;
             static_cast<T*>(a.y)[int64_t{b0 + r} * D + c] = from_float<T>(out);
+        }
+    };
+#pragma unroll 1
+    for (int first_row = 0; first_row < rows; first_row += kAhead) {
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int r = first_row + i;
+            if (r >= rows) break;
+            update(ahead[i], r);
+            if (r + kAhead < rows) fetch(ahead[i], r + kAhead);
         }
     }
 }

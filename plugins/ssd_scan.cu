@@ -92,7 +92,8 @@ cudaError_t step(const StepCall<T>& call, int warps) {
     const auto kernel = uniform ? step_kernel<T, S, VEC, LANES, ITERS, SETS, true>
                                 : step_kernel<T, S, VEC, LANES, ITERS, SETS, false>;
     if (call.apart && !uniform) return cudaErrorInvalidValue;
-    return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), 32 * warps, 0, call.early, call.stream, a, call.at, by);
+    return launch_early(kernel, dim3(static_cast<unsigned>(blocks)), 32 * warps, 0, 1, call.early, call.stream, a,
+                        call.at, by);
 }
 
 // Many states: more of them a warp, and small blocks, whose ends leave no gaps. Few: as many warps as there are.

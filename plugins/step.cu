@@ -4,6 +4,7 @@
 
 #include "selective_update.cuh"
 #include "step_linear.cuh"
+#include "step_stream.cuh"
 
 namespace mamba {
 namespace step {
@@ -16,11 +17,17 @@ cudaError_t allow(Kernel kernel, size_t shared) {
 }
 
 template <typename... Parameters>
-cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, const Device& device,
-                  cudaStream_t stream, Parameters... arguments) {
+cudaError_t start_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster,
+                           const Device& device, cudaStream_t stream, Parameters... arguments) {
     const cudaError_t allowed = allow(kernel, shared);
     if (allowed != cudaSuccess) return allowed;
-    return launch_early(kernel, grid, threads, shared, device.major >= 9, stream, arguments...);
+    return launch_early(kernel, grid, threads, shared, cluster, device.major >= 9, stream, arguments...);
+}
+
+template <typename... Parameters>
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, const Device& device,
+                  cudaStream_t stream, Parameters... arguments) {
+    return start_clusters(kernel, grid, threads, shared, 1, device, stream, arguments...);
 }
 
 int padded(int inputs) { return (inputs + 31) / 32 * 32; }
@@ -65,7 +72,7 @@ cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStr
     return error;
 }
 
-// Whether many rows share the weights: in tensor cores alone.
+// Whether many rows share the weights of the head: in tensor cores alone.
 template <typename T>
 bool is_wide(const Linear& a, const Device& device) {
     return sizeof(T) == 2 && a.batch > kColumns && device.major >= 8 && a.norm_weight == nullptr && a.by_16;
@@ -77,66 +84,98 @@ int chunk_bytes(int rows, int item) {
     return kStages<CHUNK> * rows * shared_stride(CHUNK) * item;
 }
 
-// Bytes of shared memory of NT columns.
-template <typename T, int BYTES, int WARPS, int GROUPS, int NT>
-int wide_bytes() {
-    using Own = Product<T, BYTES, WARPS, NT>;
-    constexpr int kRows = NT * kColumns, kSums = static_cast<int>(sizeof(float)) * kRows * GROUPS * WARPS * Own::kOutputs;
-    return std::max(chunk_bytes<16 * Own::kRound>(kRows, sizeof(T)), kSums);
-}
-
-template <typename T, typename X, int BYTES, int WARPS, int GROUPS, int NT, bool RING>
-cudaError_t linear(Linear a, const Device& device, cudaStream_t stream) {
-    using Own = Product<T, BYTES, WARPS, NT, RING>;
-    const auto few = [](const Linear& a) {
+template <typename T, typename X, int BYTES, int WARPS, bool RING>
+cudaError_t few_rows(Linear a, const Device& device, cudaStream_t stream) {
+    using Own = Product<T, BYTES, WARPS, 1, RING>;
+    const auto bytes = [](const Linear& a) {
         return Layout(a, sizeof(T), sizeof(X), Own::kRingBytes, WARPS * Own::kOutputs).bytes;
     };
-    a.rows = NT == 1 ? most_rows(a, device, few) : NT * kColumns;
+    a.rows = most_rows(a, device, bytes);
     if (a.rows == 0) return cudaErrorInvalidValue;
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, GROUPS * Own::kOutputs)),
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, Own::kOutputs)),
                     static_cast<unsigned>(ceil_div(a.batch, a.rows)));
-    const int shared = NT == 1 ? few(a) : wide_bytes<T, BYTES, WARPS, GROUPS, NT>();
-    return start(linear_kernel<T, X, BYTES, WARPS, GROUPS, NT, RING>, grid, 32 * WARPS * GROUPS, shared, device, stream, a);
-}
-
-// As many rows at once as need be, and as shared memory has room for.
-template <typename T, int BYTES, int WARPS, int GROUPS>
-cudaError_t wide(const Linear& a, const Device& device, cudaStream_t stream) {
-    if (a.batch > 4 * kColumns && wide_bytes<T, BYTES, WARPS, GROUPS, 8>() <= device.shared_bytes) {
-        return linear<T, T, BYTES, WARPS, GROUPS, 8, false>(a, device, stream);
-    }
-    if (a.batch > 2 * kColumns && wide_bytes<T, BYTES, WARPS, GROUPS, 4>() <= device.shared_bytes) {
-        return linear<T, T, BYTES, WARPS, GROUPS, 4, false>(a, device, stream);
-    }
-    return linear<T, T, BYTES, WARPS, GROUPS, 2, false>(a, device, stream);
+    return start(linear_kernel<T, X, BYTES, WARPS, RING>, grid, 32 * WARPS, bytes(a), device, stream, a);
 }
 
 // Fewer outputs a block where there are too few blocks to read at full speed.
 template <typename T, typename X>
-cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
+cudaError_t few_rows(const Linear& a, const Device& device, cudaStream_t stream) {
+    const int64_t tiles = ceil_div(a.outputs, 32 * 2 / sizeof(T));
+    if (2 * tiles >= 3 * device.multiprocessors) return few_rows<T, X, 16, 8, false>(a, device, stream);
+    if (3 * tiles < device.multiprocessors) return few_rows<T, X, 4, 16, false>(a, device, stream);
+    const bool ring = device.major >= 8 && device.shared_bytes >= 160 << 10 && a.inputs >= 2048;
+    return ring ? few_rows<T, X, 8, 16, true>(a, device, stream) : few_rows<T, X, 8, 8, false>(a, device, stream);
+}
+
+constexpr int kMostTiles = 16;  // of outputs of a block of stream_kernel
+
+// Many rows, and few outputs of many inputs.
+bool is_stream(const Linear& a, const Device& device) {
+    if (device.major < 8 || a.norm_weight != nullptr || !a.by_16) return false;
+    return a.batch > kColumns || (device.major >= 9 && a.batch > kNormRows && a.inputs >= 3072 &&
+                                  3 * ceil_div(a.outputs, 32) < device.multiprocessors);
+}
+
+template <typename T, int TILES, int COLUMNS>
+cudaError_t stream_rows(Linear a, Cut cut, int groups, const Device& device, cudaStream_t stream) {
+    a.rows = std::min(a.batch, COLUMNS * kColumns);
+    const int turns = kStreamWarps / cut.along, pairs = (a.rows + 1) / 2;
+    const int steps = static_cast<int>(ceil_div(ceil_div(a.inputs, 16), cut.split));
+    cut.share = 16 * TILES * cut.along / cut.split;
+    const int sums = 8 * kStreamWarps * 16 * TILES * pairs;
+    const auto bytes = [&](int part) { return std::max(stream_ring(TILES, COLUMNS) + a.rows * (16 * part + 8) * 2, sums); };
+    // As much of x as there is room for, best beside a block of the next kernel.
+    const auto fit = [&](int limit, int least) {
+        for (cut.part = static_cast<int>(ceil_div(steps, turns)) * turns; bytes(cut.part) > limit; cut.part -= turns) {
+            if (cut.part <= least) return false;
+        }
+        return true;
+    };
+    if (!fit((device.shared_bytes - 1024) / 2, 4 * kStreamWarps) && !fit(device.shared_bytes, turns)) return cudaErrorInvalidValue;
+    const dim3 grid(static_cast<unsigned>(groups * cut.split), static_cast<unsigned>(ceil_div(a.batch, a.rows)));
+    return start_clusters(stream_kernel<T, TILES, COLUMNS>, grid, kStreamThreads, bytes(cut.part), cut.split, device, stream,
+                          Linear(a), Cut(cut));
+}
+
+template <typename T>
+cudaError_t stream(const Linear& a, const Device& device, cudaStream_t stream) {
+    const int tiles = static_cast<int>(ceil_div(a.outputs, 16)), steps = static_cast<int>(ceil_div(a.inputs, 16));
+    const auto each = [&](int split) { return ceil_div(tiles, device.multiprocessors / split); };
+    Cut cut{};
+    cut.split = 1;
+    if (a.batch > kColumns) {
+        while (device.major >= 9 && cut.split < 8 && 2 * each(2 * cut.split) <= 3 * kMostTiles && steps >= 24 * cut.split) {
+            cut.split *= 2;
+        }
+    } else {
+        while (cut.split < 8 && steps >= 80 * cut.split) cut.split *= 2;
+    }
+    const int waves = static_cast<int>(ceil_div(each(cut.split), kMostTiles));
+    const int groups = std::min(device.multiprocessors / cut.split * waves, tiles);
+    const int of_group = static_cast<int>(ceil_div(tiles, groups));
+    for (cut.along = 1; cut.along < 8 && cut.along < of_group;) cut.along *= 2;
+    if (a.batch <= kColumns) return stream_rows<T, 1, 1>(a, cut, groups, device, stream);
+    const auto columns = [&](auto of_warp) {
+        constexpr int kTiles = of_warp;
+        if (a.batch <= 2 * kColumns) return stream_rows<T, kTiles, 2>(a, cut, groups, device, stream);
+        if (a.batch <= 4 * kColumns) return stream_rows<T, kTiles, 4>(a, cut, groups, device, stream);
+        return stream_rows<T, kTiles, 8>(a, cut, groups, device, stream);
+    };
+    return of_group <= cut.along ? columns(std::integral_constant<int, 1>{}) : columns(std::integral_constant<int, 2>{});
+}
+
+template <typename T, typename X>
+cudaError_t linear(Linear a, void* workspace, cudaStream_t cuda_stream) {
     Device device;
     cudaError_t error = device.read();
     if (error != cudaSuccess) return error;
     bool apart = false;
-    error = norm_apart<T, X>(a, workspace, device, stream, apart);
+    error = norm_apart<T, X>(a, workspace, device, cuda_stream, apart);
     if (error != cudaSuccess) return error;
-    const int64_t tiles = ceil_div(a.outputs, 32 * 2 / sizeof(T));
     if constexpr (sizeof(T) == 2) {
-        if (is_wide<T>(a, device)) {
-            if (tiles >= device.multiprocessors) return wide<T, 8, 8, 2>(a, device, stream);
-            if (3 * tiles >= device.multiprocessors) return wide<T, 8, 16, 1>(a, device, stream);
-            return wide<T, 4, 16, 1>(a, device, stream);
-        }
+        if ((apart || sizeof(X) == 2) && is_stream(a, device)) return stream<T>(a, device, cuda_stream);
     }
-    const auto few = [&](auto x) {
-        using Given = decltype(x);
-        if (2 * tiles >= 3 * device.multiprocessors) return linear<T, Given, 16, 8, 1, 1, false>(a, device, stream);
-        if (3 * tiles < device.multiprocessors) return linear<T, Given, 4, 16, 1, 1, false>(a, device, stream);
-        const bool ring = device.major >= 8 && device.shared_bytes >= 160 << 10 && a.inputs >= 2048;
-        return ring ? linear<T, Given, 8, 16, 1, 1, true>(a, device, stream)
-                    : linear<T, Given, 8, 8, 1, 1, false>(a, device, stream);
-    };
-    return apart ? few(T{}) : few(X{});
+    return apart ? few_rows<T, T>(a, device, cuda_stream) : few_rows<T, X>(a, device, cuda_stream);
 }
 
 bool is_valid(int32_t batch, int32_t length, int32_t dtype, const void* weight, int64_t weight_row) {
@@ -230,17 +269,29 @@ cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     Device device;
     const cudaError_t error = device.read();
     if (error != cudaSuccess) return error;
-    const auto run = [&](auto rows) {
-        constexpr int kRows = rows;
-        const int shared = scan::UpdateLayout(c, std::min(kRows, c.batch), sizeof(T),
-                                              scan::kUpdateWarps<T> * scan::kUpdateChannels<T>).bytes;
-        const dim3 grid(static_cast<unsigned>(ceil_div(c.channels, scan::kUpdateChannels<T>)),
-                        static_cast<unsigned>(ceil_div(c.batch, kRows)));
-        if (shared > device.shared_bytes) return cudaErrorInvalidValue;
-        return start(scan::update_kernel<T, kRows>, grid, 32 * scan::kUpdateWarps<T>, shared, device, stream, c);
+    // The fewest rows a block with which all blocks run at once, if there is room for them.
+    const int64_t groups = ceil_div(c.channels, scan::kUpdateChannels<T>);
+    const int most = sizeof(T) == 2 && device.major >= 8 ? 3 * kColumns : kColumns;
+    int rows = 1;
+    while (rows < std::min(c.batch, most) && groups * ceil_div(c.batch, rows) > 2 * device.multiprocessors) rows++;
+    const auto bytes = [&](int rows) {
+        return scan::UpdateLayout(c, rows, sizeof(T), scan::kUpdateWarps<T> * scan::kUpdateChannels<T>).bytes;
     };
-    if (c.batch == 1) return run(std::integral_constant<int, 1>{});
-    return c.batch <= kColumns ? run(std::integral_constant<int, 2>{}) : run(std::integral_constant<int, 4>{});
+    while (rows > 1 && bytes(rows) > device.shared_bytes) rows--;
+    const int shared = bytes(rows);
+    if (shared > device.shared_bytes) return cudaErrorInvalidValue;
+    const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
+    const auto run = [&](auto at_most) {
+        return start(scan::update_kernel<T, at_most>, grid, 32 * scan::kUpdateWarps<T>, shared, device, stream,
+                     MambaSelectiveUpdate(c), int(rows));
+    };
+    if (rows == 1) return run(std::integral_constant<int, 1>{});
+    if (rows == 2) return run(std::integral_constant<int, 2>{});
+    if constexpr (sizeof(T) == 2) {
+        if (rows > 2 * kColumns) return run(std::integral_constant<int, 3 * kColumns>{});
+        if (rows > kColumns) return run(std::integral_constant<int, 2 * kColumns>{});
+    }
+    return run(std::integral_constant<int, kColumns>{});
 }
 
 template <typename Call>

@@ -26,21 +26,23 @@ __device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefe
 
 #ifndef MAMBA_KERNELS_ONLY
 
-// A launch that lets the kernel start early.
+// A launch of clusters of `cluster` blocks along x; `early`, where compute capability is 9.0, lets the kernel start early.
 template <typename... Parameters>
-cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool early,
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, bool early,
                          cudaStream_t stream, Parameters... arguments) {
 #if CUDART_VERSION >= 11080
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = early ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = !early ? 0 : cluster == 1 ? 1 : 2;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 #else
     kernel<<<grid, threads, shared, stream>>>(arguments...);

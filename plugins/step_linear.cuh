@@ -3,8 +3,8 @@
 // state; or the residual stream, to which the product is added.
 //
 // Of a row or two of the batch every block finds the norm itself, which costs less than one more kernel; of more, the norm
-// is a kernel of its own. What a norm makes is rounded to T, as it is between operators. Up to 8 rows of x lie in shared
-// memory whole; more go through it in chunks.
+// is a kernel of its own. What a norm makes is rounded to T, as it is between operators. Here up to 8 rows of x lie in shared
+// memory whole; of more, step_stream.cuh has the products, and those of the head go through it in chunks.
 #pragma once
 
 #include "step_product.cuh"
@@ -201,19 +201,17 @@ __device__ __forceinline__ void in_chunks(const Linear& a, int first, int rows, 
 #endif
 }
 
-// What is done with a value of the product, begun to be read before it is there.
+// What is done with the values of an output, in what is the same for all rows.
 template <typename T>
-struct Around {
+struct Column {
     static constexpr int kTaps = 4;  // of the convolution; further ones are read when they are due
 
-    const Linear& a;
-    int b, m, channel;
-    bool exists, convolved, used;
-    T filter[kTaps], before[kTaps - 1];
-    float bias, conv_bias, residual;
+    int m, channel;
+    bool exists, convolved;
+    T filter[kTaps];
+    float bias, conv_bias;
 
-    __device__ __forceinline__ Around(const Linear& a, int b, int m) : a(a), b(b), m(m), channel(m - a.conv_first) {
-        exists = b < a.batch && m < a.outputs;
+    __device__ __forceinline__ Column(const Linear& a, int m, bool exists) : m(m), channel(m - a.conv_first), exists(exists) {
         convolved = exists && channel >= 0 && channel < a.conv_channels;
         bias = exists && a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[m]) : 0.0f;
         conv_bias = 0.0f;
@@ -221,52 +219,62 @@ struct Around {
         if (a.conv_bias != nullptr) conv_bias = to_float(static_cast<const T*>(a.conv_bias)[channel]);
 #pragma unroll
         for (int t = 0; t < kTaps; t++) {
-            if (t < a.conv_width) filter[t] = weights()[t];
+            if (t < a.conv_width) filter[t] = weights(a)[t];
         }
     }
-
-    __device__ __forceinline__ const T* weights() const {
+    __device__ __forceinline__ const T* weights(const Linear& a) const {
         return static_cast<const T*>(a.conv_weight) + int64_t{channel} * a.conv_width;
     }
-    __device__ __forceinline__ int64_t state() const {
-        return (int64_t{b} * a.conv_channels + channel) * (a.conv_width - 1);
-    }
+};
 
-    // What kernels before may have written.
-    __device__ __forceinline__ void read() {
-        if (exists && a.residual != nullptr) residual = a.residual[int64_t{b} * a.outputs + m];
-        if (!convolved) return;
+// And in what is a row's: read ahead, after what kernels before write is there.
+template <typename T>
+struct Around {
+    static constexpr int kTaps = Column<T>::kTaps;
+
+    T before[kTaps - 1];
+    float residual;
+    bool exists, used;
+
+    __device__ __forceinline__ void read(const Linear& a, const Column<T>& of, int b, bool row_exists) {
+        exists = row_exists && of.exists;
+        if (!exists) return;
+        if (a.residual != nullptr) residual = a.residual[int64_t{b} * a.outputs + of.m];
+        if (!of.convolved) return;
         used = a.seq_lens[b] > 0;
-        const T* const from = static_cast<const T*>(a.conv_state) + state();
+        const T* const from = static_cast<const T*>(a.conv_state) + state(a, of, b);
 #pragma unroll
         for (int t = 0; t < kTaps - 1; t++) {
             if (t < a.conv_width - 1) before[t] = from[t];
         }
     }
+    static __device__ __forceinline__ int64_t state(const Linear& a, const Column<T>& of, int b) {
+        return (int64_t{b} * a.conv_channels + of.channel) * (a.conv_width - 1);
+    }
 
-    __device__ __forceinline__ void finish(float v) {
+    __device__ __forceinline__ void finish(const Linear& a, const Column<T>& of, int b, float v) const {
         if (!exists) return;
-        v += bias;
-        const int64_t at = int64_t{b} * a.outputs + m;
+        v += of.bias;
+        const int64_t at = int64_t{b} * a.outputs + of.m;
         if (a.residual != nullptr) {
             static_cast<float*>(a.y)[at] = residual + to_float(from_float<T>(v));
             return;
         }
-        if (convolved) v = convolve(from_float<T>(v));
+        if (of.convolved) v = convolve(a, of, b, from_float<T>(v));
         static_cast<T*>(a.y)[at] = from_float<T>(v);
     }
 
-    __device__ __forceinline__ float convolve(T now) {
+    __device__ __forceinline__ float convolve(const Linear& a, const Column<T>& of, int b, T now) const {
         const int taps = a.conv_width;
-        const T* const from = static_cast<const T*>(a.conv_state) + state();
-        T* const to = static_cast<T*>(a.conv_state_out) + state();
-        float sum = fmaf(to_float(filter[0]), to_float(before[0]), conv_bias);
+        const T* const from = static_cast<const T*>(a.conv_state) + state(a, of, b);
+        T* const to = static_cast<T*>(a.conv_state_out) + state(a, of, b);
+        float sum = fmaf(to_float(of.filter[0]), to_float(before[0]), of.conv_bias);
         T last = before[0];
 #pragma unroll
         for (int t = 1; t < 8; t++) {
             if (t >= taps) break;
             const T next = t == taps - 1 ? now : t < kTaps - 1 ? before[t < kTaps - 1 ? t : 0] : from[t];
-            const T weight = t < kTaps ? filter[t < kTaps ? t : 0] : weights()[t];
+            const T weight = t < kTaps ? of.filter[t < kTaps ? t : 0] : of.weights(a)[t];
             sum = fmaf(to_float(weight), to_float(next), sum);
             to[t - 1] = used ? next : last;
             last = next;
@@ -275,49 +283,35 @@ struct Around {
     }
 };
 
-// Weights [inputs, outputs]. WARPS warps along the inputs, GROUPS times, side by side along the outputs.
-template <typename T, typename X, int BYTES, int WARPS, int GROUPS, int NT, bool RING>
-__global__ void __launch_bounds__(32 * WARPS * GROUPS, NT == 1 ? 16 / WARPS : 1) linear_kernel(const Linear a) {
-    if constexpr (NT == 1 || kTensorCores<T>) {
-        using Own = Product<T, BYTES, WARPS, NT, RING>;
-        constexpr int kThreads = Own::kThreads;  // of a group
-        extern __shared__ float4 memory[];
-        char* const shared = reinterpret_cast<char*>(memory);
-        const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
-        const int first = blockIdx.y * a.rows, rows = min(a.rows, a.batch - first);
-        const int column = (blockIdx.x * GROUPS + group) * Own::kOutputs;
-        const Layout layout(a, sizeof(T), sizeof(X), Own::kRingBytes, WARPS * Own::kOutputs);
+// Weights [inputs, outputs], of up to 8 rows at once; WARPS warps along the inputs.
+template <typename T, typename X, int BYTES, int WARPS, bool RING>
+__global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) linear_kernel(const Linear a) {
+    using Own = Product<T, BYTES, WARPS, 1, RING>;
+    extern __shared__ float4 memory[];
+    char* const shared = reinterpret_cast<char*>(memory);
+    const int first = blockIdx.y * a.rows, rows = min(a.rows, a.batch - first), column = blockIdx.x * Own::kOutputs;
+    const Layout layout(a, sizeof(T), sizeof(X), Own::kRingBytes, WARPS * Own::kOutputs);
 
-        Own product(static_cast<const T*>(a.weight), a.inputs, a.outputs, column, thread / 32, shared + layout.ring);
-        product.begin();
-        const auto around = [&](int i) {
-            const int b = i < rows * Own::kOutputs ? first + i / Own::kOutputs : a.batch;
-            return Around<T>(a, b, column + i % Own::kOutputs);
-        };
-        Around<T> own = around(thread);
-        const float* const norm = NT == 1 ? fetch_norm(a, reinterpret_cast<float*>(shared)) : nullptr;
-        let_next_start();
-        wait_for_previous();
-        own.read();
+    Own product(static_cast<const T*>(a.weight), a.inputs, a.outputs, column, threadIdx.x / 32, shared + layout.ring);
+    product.begin();
+    const int of_block = threadIdx.x % Own::kOutputs, m = column + of_block;
+    const Column<T> of(a, m, m < a.outputs);
+    const float* const norm = fetch_norm(a, reinterpret_cast<float*>(shared));
+    let_next_start();
+    wait_for_previous();
+    constexpr int kRows = Own::kThreads / Own::kOutputs;  // finished at once
+    int row = threadIdx.x / Own::kOutputs;
+    Around<T> around;
+    around.read(a, of, first + row, row < rows);
 
-        float* sums = reinterpret_cast<float*>(shared);
-        if constexpr (NT == 1) {
-            product.run(prepare<T, X, WARPS>(a, layout, shared, norm, first, rows));
-            sums = reinterpret_cast<float*>(shared + layout.sums);
-            if (RING) __syncthreads();
-        } else {
-            in_chunks<T, 16 * Own::kRound>(a, first, rows, reinterpret_cast<T*>(shared),
-                                           [&](const SharedX<T>& x, int chunk) { product.run_chunk(x, chunk); });
-            sums += group * WARPS * rows * Own::kOutputs;
-        }
-        product.put(sums, rows);
-        __syncthreads();
-        if (thread < rows * Own::kOutputs) own.finish(Own::sum(sums, rows, thread));
-        for (int i = thread + kThreads; i < rows * Own::kOutputs; i += kThreads) {
-            Around<T> next = around(i);
-            next.read();
-            next.finish(Own::sum(sums, rows, i));
-        }
+    float* const sums = reinterpret_cast<float*>(shared + layout.sums);
+    product.run(prepare<T, X, WARPS>(a, layout, shared, norm, first, rows));
+    if (RING) __syncthreads();
+    product.put(sums, rows);
+    __syncthreads();
+    for (; row < rows; row += kRows) {
+        around.finish(a, of, first + row, Own::sum(sums, rows, row * Own::kOutputs + of_block));
+        around.read(a, of, first + row + kRows, row + kRows < rows);
     }
 }
 

@@ -76,11 +76,11 @@ struct SharedX {
 };
 
 // NT times 8 rows, in tensor cores; WARPS warps along the inputs. RING: what is in flight waits in shared memory.
-template <typename T, int BYTES, int WARPS, int NT, bool RING = false>
+template <typename T, int BYTES, int WARPS, int NT = 1, bool RING = false>
 struct Product {
     static constexpr int kVec = BYTES / sizeof(T), kOutputs = 8 * kVec;
     // Steps, of 16 inputs, that a warp has in flight.
-    static constexpr int kDepth = NT > 1 ? 2 : BYTES == 16 ? (kOnHopper ? 3 : 2) : BYTES == 4 || RING ? 8 : 6;
+    static constexpr int kDepth = NT > 1 ? 1 : BYTES == 16 ? (kOnHopper ? 3 : 2) : BYTES == 4 || RING ? 8 : 6;
     static constexpr int kRound = kDepth * WARPS;  // steps of all warps until a warp is where it was
     static constexpr int kThreads = 32 * WARPS;
     static constexpr int kRingBytes = RING ? kDepth * 4 * BYTES * kThreads : 0;
@@ -167,7 +167,7 @@ struct Product {
 #pragma unroll 1
         for (; step < steps; step += kRound) {
             uint2 given[kDepth];  // of x, before anything is waited for
-            if constexpr (kTensor) {
+            if constexpr (kTensor && NT == 1) {
 #pragma unroll
                 for (int d = 0; d < kDepth; d++) given[d] = x.four(16 * min(step + d * WARPS, steps - 1) + lane_k(), 0);
             }
@@ -176,7 +176,7 @@ struct Product {
                 if (step + d * WARPS < steps) {
                     Bits now[4];
                     take(now, d);
-                    if constexpr (kTensor) {
+                    if constexpr (kTensor && NT == 1) {
                         const uint2 own[1] = {given[d]};
                         multiply_given(now, own);
                     } else {
@@ -187,26 +187,13 @@ struct Product {
                 }
             }
         }
-        finish(x, 0);
-    }
-
-    // The inputs of one round, which x holds.
-    __device__ __forceinline__ void run_chunk(const SharedX<T>& x, int chunk) {
-        const int step = chunk * kRound + warp;
-#pragma unroll
-        for (int d = 0; d < kDepth; d++) {
-            if (step + d * WARPS < steps) {
-                multiply(held[d], x, 16 * (warp + d * WARPS));
-                if (step + d * WARPS + kRound < steps) load(d);
-            }
-        }
-        if (steps / kRound == chunk) finish(x, chunk * kRound);
+        finish(x);
     }
 
     static __device__ __forceinline__ int lane_k() { return threadIdx.x % 4 * 4; }
 
     // Inputs that are no whole step, where x has zeros behind them.
-    __device__ __forceinline__ void finish(const SharedX<T>& x, int first_step) {
+    __device__ __forceinline__ void finish(const SharedX<T>& x) {
         if (inputs % 16 == 0 || steps % WARPS != warp) return;
         Bits last[4];
 #pragma unroll
@@ -214,7 +201,7 @@ struct Product {
             const int k = min(16 * steps + lane_k() + j, inputs - 1);
             last[j] = load_weights<BYTES>(column + k * stride);
         }
-        multiply(last, x, 16 * (steps - first_step));
+        multiply(last, x, 16 * steps);
     }
 
     template <int COLUMNS>

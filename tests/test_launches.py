@@ -43,8 +43,8 @@ std::map<const void*, std::string>& names() { static std::map<const void*, std::
 int attributes[3];  // compute capability, multiprocessors, shared memory
 void (*record)(const char*, const unsigned*, size_t, void**);
 struct { dim3 grid, block; size_t shared; cudaStream_t stream; } pushed;
-cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared) {
-    const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, unsigned cluster = 1) {
+    const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster};
     record(names()[function].c_str(), sizes, shared, args);
     return cudaSuccess;
 }
@@ -83,7 +83,11 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return launch(function, grid, block, args, shared);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* function, void** args) {
-    return launch(function, c->gridDim, c->blockDim, args, c->dynamicSmemBytes);
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < c->numAttrs; i++) {
+        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
+    }
+    return launch(function, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cluster);
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
@@ -249,13 +253,13 @@ def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: 
     def note(name: bytes, sizes: Any, shared: int, arguments: Any) -> None:
         like = planned[len(found)].arguments if len(found) < len(planned) else ()
         values = [ctypes.string_at(arguments[i], ctypes.sizeof(a)) for i, a in enumerate(like)]
-        found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), shared, values))
+        found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6], shared, values))
 
     recorder = Recorder(note)
     attributes = (ctypes.c_int * 3)(device.major * 10 + device.minor, device.multiprocessors, device.shared_bytes)
     library.set_recorder(recorder, attributes)
     code = getattr(library, f"mamba_{op}")(ctypes.byref(call), ctypes.c_void_p(WORKSPACE), None)
-    assert code == 0
+    assert code == 0, (device, planned, {n: getattr(call, n) for n, _ in call._fields_})
     return found
 
 
@@ -281,6 +285,7 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
                 canonical(p.kernel),
                 (*p.grid, 1, 1)[:3],
                 (*p.threads, 1, 1)[:3],
+                p.cluster,
                 p.shared,
                 [bytes(a) for a in p.arguments],
             )
