@@ -299,7 +299,7 @@ cudaError_t prompt(const MambaCausalConv1d& a, cudaStream_t stream) {
     const int64_t channel_blocks = ceil_div(a.channels, kLanes * kVec), rows = std::min(a.batch, 65535);
     // Short runs fill the GPU, long ones read less twice: the shortest for which all blocks run at once.
     Device device;
-    const cudaError_t error = device.read();
+    const cudaError_t error = device.read(prompt_kernel<T, kWidth, kVec>);
     if (error != cudaSuccess) return error;
     const int64_t runs = std::max<int64_t>(1, int64_t{device.multiprocessors} * kBlocks<T> / (channel_blocks * rows)) * kRuns;
     const int run_length = static_cast<int>(std::min<int64_t>(std::max<int64_t>(ceil_div(a.length, 4 * runs) * 4, 8), 64));

@@ -173,17 +173,21 @@ inline int32_t item_bytes(int32_t dtype) { return dtype == MAMBA_FLOAT32 ? 4 : 2
 
 inline size_t workspace_bytes(int64_t floats) { return static_cast<size_t>(ceil_div(4 * floats, 256) * 256); }
 
-// What of the current device a launch depends on.
+// What of the current device a launch depends on: the major compute capability that a kernel's code was made for, which is
+// less than the device's where the library holds but PTX of an older architecture; a block's shared memory, at most.
 struct Device {
-    int index = 0, multiprocessors = 0, major = 0, shared_bytes = 0;  // of a block, at most
+    int index = 0, multiprocessors = 0, major = 0, shared_bytes = 0;
 
-    cudaError_t read() {
+    template <typename... Parameters>
+    cudaError_t read(void (*kernel)(Parameters...)) {
+        cudaFuncAttributes attributes;
         cudaError_t error = cudaGetDevice(&index);
         if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
         if (error == cudaSuccess) {
             error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
         }
+        if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+        if (error == cudaSuccess) major = attributes.ptxVersion / 10;
         return error;
     }
 };

@@ -50,8 +50,8 @@ class Launch(NamedTuple):
 class Device(NamedTuple):
     """What launches depend on."""
 
-    major: int  # of the compute capability
-    minor: int
+    architecture: int  # 90 for compute capability 9.0
+    major: int  # compute capability of the code: less than the GPU's where NVRTC is older
     multiprocessors: int
     shared_bytes: int  # a block may have at most
 
@@ -90,7 +90,10 @@ def _describe(number: int) -> Device:
         of.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         of.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     )
-    return Device(*(int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted))
+    found = (int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted)
+    major, minor, multiprocessors, shared_bytes = found
+    architecture = 10 * major + minor
+    return Device(architecture, _code_architecture(architecture) // 10, multiprocessors, shared_bytes)
 
 
 def launch(launches: list[Launch], device: Device, stream: int) -> None:
@@ -107,7 +110,7 @@ def launch(launches: list[Launch], device: Device, stream: int) -> None:
     driver, _ = _bindings()
     context = int(_driver_call(driver.cuCtxGetCurrent()))
     for one in launches:
-        function = _function(context, one.source, one.kernel, one.shared, device.major * 10 + device.minor)
+        function = _function(context, one.source, one.kernel, one.shared, device.architecture)
         grid, threads = (*one.grid, 1, 1)[:3], (*one.threads, 1, 1)[:3]
         pointers = (ctypes.c_void_p * len(one.arguments))(*(ctypes.addressof(a) for a in one.arguments))
         if one.cluster == 1:
@@ -164,14 +167,8 @@ def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
     """
     _, nvrtc = _bindings()
     version = _nvrtc_call(None, nvrtc.nvrtcVersion())
-    known = [int(a) for a in _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs())]
-    if architecture in known:
-        target = f"sm_{architecture}"
-    elif older := [a for a in known if a < architecture]:
-        target = f"compute_{max(older)}"
-    else:
-        numbers = ".".join(map(str, version))
-        raise PluginError(f"NVRTC {numbers} knows sm_{min(known)} and newer: this GPU is sm_{architecture}")
+    code = _code_architecture(architecture)
+    target = f"sm_{code}" if code == architecture else f"compute_{code}"
     headers = find_cuda_headers()
     key = (_kernel_sources(), source, kernel, target, version, _OPTIONS)
     path = cache_folder() / "nvrtc" / hashlib.sha256(repr(key).encode()).hexdigest()
@@ -180,6 +177,17 @@ def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
         found = _compile(source, kernel, target, headers)
         _write(path, found)
     return found
+
+
+@cache
+def _code_architecture(architecture: int) -> int:
+    """What NVRTC compiles for: an architecture, or the newest before it that it knows."""
+    _, nvrtc = _bindings()
+    known = [int(a) for a in _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs())]
+    if architecture < min(known):
+        numbers = ".".join(map(str, _nvrtc_call(None, nvrtc.nvrtcVersion())))
+        raise PluginError(f"NVRTC {numbers} knows sm_{min(known)} and newer: this GPU is sm_{architecture}")
+    return max(a for a in known if a <= architecture)
 
 
 def _compile(source: str, kernel: str, target: str, headers: Path) -> Program:

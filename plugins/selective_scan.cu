@@ -216,7 +216,7 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
     if (N > 64) return prompt<T, States128>(a, 2, workspace, stream);
     if (N > 32) return prompt<T, States64>(a, 4, workspace, stream);
     Device device;
-    const cudaError_t error = device.read();
+    const cudaError_t error = device.read(pass_kernel);
     if (error != cudaSuccess) return error;
     const int multiprocessors = device.multiprocessors;
     const auto fits = [&](int shared_floats) { return 4 * shared_floats <= device.shared_bytes; };  // not all on Turing

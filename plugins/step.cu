@@ -167,7 +167,7 @@ cudaError_t stream(const Linear& a, const Device& device, cudaStream_t stream) {
 template <typename T, typename X>
 cudaError_t linear(Linear a, void* workspace, cudaStream_t cuda_stream) {
     Device device;
-    cudaError_t error = device.read();
+    cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
     bool apart = false;
     error = norm_apart<T, X>(a, workspace, device, cuda_stream, apart);
@@ -226,7 +226,7 @@ template <typename T>
 cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     if (!is_valid(c.batch, c.length, c.dtype, c.weight, c.width) || c.vocab < 1) return cudaErrorInvalidValue;
     Device device;
-    cudaError_t error = device.read();
+    cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
     Linear a{};
     a.batch = c.batch, a.inputs = c.width, a.outputs = c.vocab, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
@@ -267,7 +267,7 @@ cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
         return cudaErrorInvalidValue;
     }
     Device device;
-    const cudaError_t error = device.read();
+    const cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
     // The fewest rows a block with which all blocks run at once, if there is room for them.
     const int64_t groups = ceil_div(c.channels, scan::kUpdateChannels<T>);
