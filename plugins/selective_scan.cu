@@ -153,11 +153,8 @@ cudaError_t launch(const MambaSelectiveScan& a, const PromptPlan& p, cudaStream_
     const auto kernel = prompt_kernel<T, Sh, kVectors, kSummary>;
     const int finishers = kSummary ? 0 : static_cast<int>(ceil_div(Sh::kStep * p.quads, 32 * Sh::kFinished));
     const size_t shared = sizeof(float) * PromptShared<Sh>::floats(p.quads, kSummary);
-    if (shared > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (error != cudaSuccess) return error;
-    }
+    const cudaError_t allowed = allow_shared(kernel, shared);
+    if (allowed != cudaSuccess) return allowed;
     const int64_t blocks = int64_t{a.batch} * p.groups;
     if (blocks > INT_MAX) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(blocks), kSummary ? p.chunks - 1 : p.chunks);

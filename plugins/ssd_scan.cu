@@ -46,14 +46,11 @@ template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
                    Parameters... arguments) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    if (shared > 48 << 10) {
-        cudaError_t error =
-            cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-        if (error == cudaSuccess) {
-            error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-        }
-        if (error != cudaSuccess) return error;
+    cudaError_t error = allow_shared(kernel, shared);
+    if (error == cudaSuccess && shared > 48 << 10) {
+        error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     }
+    if (error != cudaSuccess) return error;
     void* pointers[] = {&arguments...};
     return cudaLaunchKernel(function, grid, dim3(threads), pointers, shared, stream);
 }

@@ -10,16 +10,10 @@ namespace mamba {
 namespace step {
 namespace {
 
-template <typename Kernel>
-cudaError_t allow(Kernel kernel, size_t shared) {
-    if (shared <= 48 << 10) return cudaSuccess;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-}
-
 template <typename... Parameters>
 cudaError_t start_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster,
                            const Device& device, cudaStream_t stream, Parameters... arguments) {
-    const cudaError_t allowed = allow(kernel, shared);
+    const cudaError_t allowed = allow_shared(kernel, shared);
     if (allowed != cudaSuccess) return allowed;
     return launch_early(kernel, grid, threads, shared, cluster, device.major >= 9, stream, arguments...);
 }

@@ -189,6 +189,26 @@ def test_equals_the_reference(op: str, case: dict[str, Any], T: torch.dtype, sam
             assert torch.equal(bits(found[1].cpu()[~reads]), bits(kept[~reads])), "a row of length 0 changed its state"
 
 
+MANY = [  # products that clusters of blocks share, the last two with x in parts
+    ("in_proj", {"d": 2048, "M": 8192, "C": 4096, "first": 0}),
+    ("out_proj", {"D": 5120, "d": 2560}),
+    ("x_proj", {"D": 5120, "E": 192}),
+    ("in_proj", {"d": 4096, "M": 18560, "C": 10240, "first": 8192, "bias": True}),
+    ("out_proj", {"D": 16384, "d": 4096, "G": 8}),
+]
+
+
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("op", "case"), MANY, ids=str)
+def test_more_rows_of_published_sizes(op: str, case: dict[str, Any], T: torch.dtype) -> None:
+    for B in (9, 32, 64):
+        args = ARGUMENTS[op](Draw(T, B, seed=B), **case)
+        found, wanted = launch(op, args)[0], step_results(op, args)[0]
+        reads = next((a for a in args if isinstance(a, Tensor) and a.dtype == torch.int32), torch.ones(B)) > 0
+        error = (found.cpu().double() - wanted)[reads].abs().max() / wanted[reads].abs().max()
+        assert error <= max(ALLOWED[T], ALLOWED[found.dtype]), f"{error:.1e} at batch {B}"
+
+
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_row_is_the_row_alone(op: str, B: int) -> None:
