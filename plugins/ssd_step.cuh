@@ -70,8 +70,8 @@ struct StepHead {
 // VEC: values of the state a lane loads at once, 16 bytes or one. LANES * VEC * ITERS >= N. UNIFORM: a warp's rows are
 // of one head, which saves all but one load of B and C; only then may tokens be apart and have gates.
 template <typename T, typename S, int VEC, int LANES, int ITERS, int SETS, bool UNIFORM>
-__global__ void __launch_bounds__(32 * kStepWarps) step_kernel(const MambaSsdScan a, const StepPlaces<T> at,
-                                                                 const StepDivisors by) {
+__global__ void __launch_bounds__(32 * kStepWarps, resident_blocks(0, 1)) step_kernel(
+    const MambaSsdScan a, const StepPlaces<T> at, const StepDivisors by) {
     constexpr int kRows = 32 / LANES;  // of a set
     const int lane = static_cast<int>(threadIdx.x) % LANES;
     const int row = static_cast<int>(threadIdx.x) % 32 / LANES;
