@@ -58,6 +58,11 @@ def _projected(c: MambaConfig) -> int:
     return c.d_inner + c.conv_channels + c.n_heads
 
 
+def _conv_first(c: MambaConfig) -> int:
+    """The column of the projection where those that are convolved begin."""
+    return 0 if c.generation == "mamba" else c.d_inner
+
+
 def step_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract) -> onnx.ModelProto:
     """The graph: inputs and outputs of the contract with seq 1, but for ``next_token``; without function bodies.
 
@@ -121,8 +126,8 @@ def _layer(i: int, hidden: str, c: MambaConfig, weight: Callable[..., str], ours
     norm, lengths = weight(f"layers.{i}.norm.weight"), "seq_lens"
     conv = [weight(own + "conv_weight"), weight(own + "conv_bias", optional=True), f"conv_state.{i}", lengths]
     inputs = [hidden, norm, weight(own + "in_proj.weight"), weight(own + "in_proj.bias", optional=True), *conv]
-    first = 0 if c.generation == "mamba" else c.d_inner
-    ours("MambaInProj", inputs, [f"projected.{i}", f"conv_state_out.{i}"], eps=c.norm_eps, conv_first=first)
+    outputs = [f"projected.{i}", f"conv_state_out.{i}"]
+    ours("MambaInProj", inputs, outputs, eps=c.norm_eps, conv_first=_conv_first(c))
     scan = [weight(own + "A"), weight(own + "D"), weight(own + "dt_bias"), f"ssm_state.{i}", lengths]
     outputs = [f"y.{i}", f"ssm_state_out.{i}"]
     gate = ""
@@ -180,13 +185,18 @@ def _split(source: str, parts: dict[str, int]) -> str:
     )
 
 
+def _product(source: str, c: MambaConfig) -> str:
+    """Text: ``p`` is ``source`` times the weight, with the bias where projections have one."""
+    product = f"product = MatMul ({source}, weight)\n"
+    return product + ("p = Add (product, bias)\n" if c.proj_bias else "p = Identity (product)\n")
+
+
 def _in_proj(c: MambaConfig, contract: Contract) -> tuple[str, str]:
     T = element_type(contract.dtype)
-    first = 0 if c.generation == "mamba" else c.d_inner
+    first = _conv_first(c)
     width = 2 * c.d_inner if c.generation == "mamba" else _projected(c)
     text = _norm("hidden", "normal", c.norm_eps, "norm_weight") + f"u = Cast <to = {T}> (normal)\n"
-    text += "product = MatMul (u, weight)\n"
-    text += "p = Add (product, bias)\n" if c.proj_bias else "p = Identity (product)\n"
+    text += _product("u", c)
     parts = {"before": first, "x": c.conv_channels, "after": width - first - c.conv_channels}
     text += _split("p", {name: size for name, size in parts.items() if size})
     text += (
@@ -243,8 +253,7 @@ def _out_proj(c: MambaConfig, contract: Contract) -> tuple[str, str]:
         text += _norm("grouped", "normal", c.norm_eps) + "flat = Reshape (normal, flat_shape)\n"
         text += f"weighted = Mul (flat, norm_weight)\nu = Cast <to = {element_type(contract.dtype)}> (weighted)\n"
         u = "u"
-    text += f"product = MatMul ({u}, weight)\n"
-    text += "p = Add (product, bias)\n" if c.proj_bias else "p = Identity (product)\n"
+    text += _product(u, c)
     return "MambaOutProj", text + to_float("p") + "y = Add (residual, p_f)\n"
 
 

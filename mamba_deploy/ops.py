@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["causal_conv1d", "last_token", "selective_scan", "ssd_scan"]
+__all__ = ["causal_conv1d", "compute_dtype", "last_token", "selective_scan", "ssd_scan"]
 
 # Tokens handled at once. Both scans are exact for any value; these were the fastest on a two-core CPU.
 _SELECTIVE_SCAN_CHUNK = 32
 _SSD_CHUNK = 64
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the reference computes in: float64 for float64, float32 for all else."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -57,7 +58,7 @@ def _causal_conv1d(
     if activation not in ("silu", "none"):
         raise ValueError(f"activation is {activation!r}: expected 'silu' or 'none'")
     length, width = x.shape[1], weight.shape[1]
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     valid = _valid(seq_lens, length)
     window = torch.cat([conv_state.transpose(1, 2), x], dim=1)  # [B, K-1+L, C]
     known = torch.cat([valid.new_ones(len(x), width - 1), valid], dim=1)
@@ -84,7 +85,7 @@ def _selective_scan(
     seq_lens: Tensor,
     dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     valid = _valid(seq_lens, x.shape[1])
     delta = _step_size(dt, dt_bias, valid, dt_softplus, -math.inf, math.inf, dtype)
     u, B, C = _masked(x, valid, dtype), _masked(B, valid, dtype), _masked(C, valid, dtype)
@@ -125,7 +126,7 @@ def _ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     batch, length, _ = x.shape
     heads, head_dim, d_state = ssm_state.shape[1:]
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     valid = _valid(seq_lens, length)
     delta = _step_size(dt, dt_bias, valid, dt_softplus, dt_min, dt_max, dtype).transpose(1, 2)  # [B, H, L]
     u = _masked(x, valid, dtype).unflatten(2, (heads, head_dim)).transpose(1, 2)  # [B, H, L, P]

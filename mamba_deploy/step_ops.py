@@ -18,10 +18,6 @@ from mamba_deploy.model import rms_normalise
 __all__ = ["head", "in_proj", "out_proj", "selective_update", "ssd_update", "x_proj"]
 
 
-def _wide(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
 def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, groups: int = 1) -> Tensor:
     """Root mean square norm over ``groups`` equal parts of the last axis."""
     normal = rms_normalise(x.unflatten(-1, (groups, -1)), eps, dtype).flatten(-2)
@@ -30,7 +26,7 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, grou
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """In the wide dtype, of ``x`` rounded to that of the weight."""
-    dtype = _wide(weight)
+    dtype = ops.compute_dtype(weight)
     y = x.to(weight.dtype).to(dtype) @ weight.to(dtype)
     return y if bias is None else y + bias.to(dtype)
 
@@ -64,7 +60,7 @@ def in_proj(
     Returns:
         [B, 1, M] T, and the new conv state. A row that reads nothing has zeros in the columns that are convolved.
     """
-    projected = _product(_norm(hidden, norm_weight, eps, _wide(weight)), weight, bias).to(weight.dtype)
+    projected = _product(_norm(hidden, norm_weight, eps, ops.compute_dtype(weight)), weight, bias).to(weight.dtype)
     own = slice(conv_first, conv_first + len(conv_weight))
     x, state = ops.causal_conv1d(projected[..., own].contiguous(), conv_weight, conv_bias, conv_state, seq_lens, "silu")
     return torch.cat([projected[..., : own.start], x, projected[..., own.stop :]], dim=-1), state
@@ -105,7 +101,7 @@ def selective_update(
     N = A.shape[1]
     parts = low.split([len(dt_weight), N, N], dim=-1)
     if norm_eps >= 0:
-        parts = tuple(_norm(part, None, norm_eps, _wide(dt_weight)).to(low.dtype) for part in parts)
+        parts = tuple(_norm(part, None, norm_eps, ops.compute_dtype(dt_weight)).to(low.dtype) for part in parts)
     x, z = (part.contiguous() for part in xz.chunk(2, dim=-1))
     dt, (B, C) = _product(parts[0], dt_weight).to(xz.dtype), (part.contiguous() for part in parts[1:])
     return ops.selective_scan(x, dt, A, B, C, D, z, dt_bias, ssm_state, seq_lens, True)
@@ -144,12 +140,12 @@ def ssd_update(
     width = n_groups * states
     sizes = [heads * head_dim, heads * head_dim, width, width, heads]
     z, x, B, C, dt = (part.contiguous() for part in projected.split(sizes, dim=-1))
-    wide = _wide(projected)
+    dtype = ops.compute_dtype(projected)
     y, state = ops.ssd_scan(
-        x.to(wide), dt.to(wide), A, B.to(wide), C.to(wide), D, dt_bias, ssm_state, seq_lens,
+        x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D, dt_bias, ssm_state, seq_lens,
         dt_softplus, dt_min, dt_max, n_groups, 256,
     )  # fmt: skip
-    return (y * F.silu(z.to(wide))).to(projected.dtype), state
+    return (y * F.silu(z.to(dtype))).to(projected.dtype), state
 
 
 def out_proj(
@@ -175,10 +171,10 @@ def out_proj(
     Returns:
         residual + norm(x) weight + bias [B, 1, d] float32, the product rounded to T.
     """
-    normal = x if norm_weight is None else _norm(x, norm_weight, eps, _wide(weight), n_groups)
+    normal = x if norm_weight is None else _norm(x, norm_weight, eps, ops.compute_dtype(weight), n_groups)
     return residual + _product(normal, weight, bias).to(weight.dtype).to(residual.dtype)
 
 
 def head(hidden: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
     """MambaHead: [B, 1, d] float32, [d] float32, [V, d] T -> logits [B, V] float32."""
-    return _product(_norm(hidden, norm_weight, eps, _wide(weight)), weight.t())[:, 0].to(hidden.dtype)
+    return _product(_norm(hidden, norm_weight, eps, ops.compute_dtype(weight)), weight.t())[:, 0].to(hidden.dtype)

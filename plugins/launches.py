@@ -574,7 +574,7 @@ class _Linear(ctypes.Structure):
 _STEP = "step_linear.cuh"
 _COLUMNS = 8  # rows of the batch that a tensor core takes at once
 _NORM_ROWS = 2  # that a block norms by itself
-_HEAD_THREADS, _HEAD_OUTPUTS, _HEAD_CHUNK = 256, 128, 256  # of a block
+_HEAD_THREADS, _HEAD_OUTPUTS, _HEAD_CHUNK, _HEAD_STAGES = 256, 128, 256, 3  # of a block
 
 
 def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -614,10 +614,6 @@ def _layout_bytes(a: _Linear, item: int, x_item: int, ring: int, warp_outputs: i
     raw = _ceil(a.rows * a.inputs * x_item, 16) * 16 if x_item != item else 0
     x = _ceil(a.rows * _shared_stride(a.inputs) * item, 16) * 16
     return scales + raw + x + max(ring, 4 * a.rows * warp_outputs)
-
-
-def _chunk_bytes(chunk: int, rows: int, item: int) -> int:
-    return (3 if chunk <= 256 else 2) * rows * _shared_stride(chunk) * item
 
 
 def _most_rows(a: _Linear, device: Device, *sizes: int) -> int:
@@ -740,7 +736,7 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
             2 if a.batch <= 2 * _COLUMNS else 4 if a.batch <= 4 * _COLUMNS or device.shared_bytes < 104 << 10 else 8
         )
         a.rows = columns * _COLUMNS
-        shared = _chunk_bytes(_HEAD_CHUNK, a.rows, 2)
+        shared = _HEAD_STAGES * a.rows * _shared_stride(_HEAD_CHUNK) * 2
     else:
         shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[x_dtype], 0, 0)
     name = _kernel("step", "head_kernel", _TYPES[call.dtype], _TYPES[x_dtype], columns)
@@ -752,11 +748,8 @@ def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     item = _BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
-    groups, most, rows = (
-        _ceil(call.channels, channels),
-        3 * _COLUMNS if item == 2 and device.major >= 8 else _COLUMNS,
-        1,
-    )
+    groups, rows = _ceil(call.channels, channels), 1
+    most = 3 * _COLUMNS if item == 2 and device.major >= 8 else _COLUMNS
     while rows < min(call.batch, most) and groups * _ceil(call.batch, rows) > 2 * device.multiprocessors:
         rows += 1
 

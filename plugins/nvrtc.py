@@ -90,8 +90,9 @@ def _describe(number: int) -> Device:
         of.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         of.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     )
-    found = (int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted)
-    major, minor, multiprocessors, shared_bytes = found
+    major, minor, multiprocessors, shared_bytes = (
+        int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted
+    )
     architecture = 10 * major + minor
     return Device(architecture, _code_architecture(architecture) // 10, multiprocessors, shared_bytes)
 

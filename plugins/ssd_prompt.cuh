@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_tile(
         for (int i = 0; i < kChunk * LANES / THREADS; i++) {
             const int r = thread / LANES + i * (THREADS / LANES);
             const int count = r < rows ? cols - c : 0;
-            copy_async(to + at(r, c), source, count > 0 ? 16 : 0);
+            copy_async(shared_address(to + at(r, c)), source, count > 0 ? 16 : 0);
             source += static_cast<int64_t>(THREADS / LANES) * row;
         }
     }

@@ -72,12 +72,6 @@ bool is_wide(const Linear& a, const Device& device) {
     return sizeof(T) == 2 && a.batch > kColumns && device.major >= 8 && a.norm_weight == nullptr && a.by_16;
 }
 
-// Bytes of shared memory of chunks of x.
-template <int CHUNK>
-int chunk_bytes(int rows, int item) {
-    return kStages<CHUNK> * rows * shared_stride(CHUNK) * item;
-}
-
 template <typename T, typename X, int BYTES, int WARPS, bool RING>
 cudaError_t few_rows(Linear a, const Device& device, cudaStream_t stream) {
     using Own = Product<T, BYTES, WARPS, 1, RING>;
@@ -103,7 +97,7 @@ cudaError_t few_rows(const Linear& a, const Device& device, cudaStream_t stream)
 
 constexpr int kMostTiles = 16;  // of outputs of a block of stream_kernel
 
-// Many rows, and few outputs of many inputs.
+// Whether stream_kernel takes it: many rows, and few outputs of many inputs.
 bool is_stream(const Linear& a, const Device& device) {
     if (device.major < 8 || a.norm_weight != nullptr || !a.by_16) return false;
     return a.batch > kColumns || (device.major >= 9 && a.batch > kNormRows && a.inputs >= 3072 &&
@@ -125,14 +119,16 @@ cudaError_t stream_rows(Linear a, Cut cut, int groups, const Device& device, cud
         }
         return true;
     };
-    if (!fit((device.shared_bytes - 1024) / 2, 4 * kStreamWarps) && !fit(device.shared_bytes, turns)) return cudaErrorInvalidValue;
+    if (!fit((device.shared_bytes - 1024) / 2, 4 * kStreamWarps) && !fit(device.shared_bytes, turns)) {
+        return cudaErrorInvalidValue;
+    }
     const dim3 grid(static_cast<unsigned>(groups * cut.split), static_cast<unsigned>(ceil_div(a.batch, a.rows)));
     return start_clusters(stream_kernel<T, TILES, COLUMNS>, grid, kStreamThreads, bytes(cut.part), cut.split, device, stream,
                           Linear(a), Cut(cut));
 }
 
 template <typename T>
-cudaError_t stream(const Linear& a, const Device& device, cudaStream_t stream) {
+cudaError_t many_rows(const Linear& a, const Device& device, cudaStream_t stream) {
     const int tiles = static_cast<int>(ceil_div(a.outputs, 16)), steps = static_cast<int>(ceil_div(a.inputs, 16));
     const auto each = [&](int split) { return ceil_div(tiles, device.multiprocessors / split); };
     Cut cut{};
@@ -159,17 +155,17 @@ cudaError_t stream(const Linear& a, const Device& device, cudaStream_t stream) {
 }
 
 template <typename T, typename X>
-cudaError_t linear(Linear a, void* workspace, cudaStream_t cuda_stream) {
+cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
     Device device;
     cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
     bool apart = false;
-    error = norm_apart<T, X>(a, workspace, device, cuda_stream, apart);
+    error = norm_apart<T, X>(a, workspace, device, stream, apart);
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
-        if ((apart || sizeof(X) == 2) && is_stream(a, device)) return stream<T>(a, device, cuda_stream);
+        if ((apart || sizeof(X) == 2) && is_stream(a, device)) return many_rows<T>(a, device, stream);
     }
-    return apart ? few_rows<T, T>(a, device, cuda_stream) : few_rows<T, X>(a, device, cuda_stream);
+    return apart ? few_rows<T, T>(a, device, stream) : few_rows<T, X>(a, device, stream);
 }
 
 bool is_valid(int32_t batch, int32_t length, int32_t dtype, const void* weight, int64_t weight_row) {
@@ -235,7 +231,7 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
             const auto start_wide = [&](auto columns) {
                 a.rows = columns * kColumns;
                 return start(head_kernel<T, T, columns>, grid(), 32 * kHeadWarps,
-                             chunk_bytes<kHeadChunk>(a.rows, sizeof(T)), device, stream, Linear(a));
+                             kHeadStages * a.rows * shared_stride(kHeadChunk) * sizeof(T), device, stream, Linear(a));
             };
             if (a.batch <= 2 * kColumns) return start_wide(std::integral_constant<int, 2>{});
             if (a.batch <= 4 * kColumns || device.shared_bytes < 104 << 10) {

@@ -155,34 +155,34 @@ __device__ __forceinline__ SharedX<T> prepare(
     return {x, stride, rows};
 }
 
+// Inputs of the head that many rows read at once, and chunks of them on their way.
+constexpr int kHeadChunk = 256, kHeadStages = 3;
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// CHUNK inputs of many rows, x being T and of a multiple of 8 inputs; zeros behind them.
-template <typename T, int CHUNK>
+// A chunk of many rows, x being T and of a multiple of 8 inputs; zeros behind them.
+template <typename T>
 __device__ __forceinline__ void fetch_chunk(const Linear& a, int first, int rows, int chunk, T* to) {
-    constexpr int kUnits = CHUNK / 8;  // of 16 bytes
+    constexpr int kUnits = kHeadChunk / 8;  // of 16 bytes
     for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
-        const int r = i / kUnits, k = chunk * CHUNK + i % kUnits * 8;
+        const int r = i / kUnits, k = chunk * kHeadChunk + i % kUnits * 8;
         const T* const from = static_cast<const T*>(a.x) + int64_t{first + r} * a.x_stride + (k < a.inputs ? k : 0);
-        copy_async(to + r * shared_stride(CHUNK) + i % kUnits * 8, from, k < a.inputs ? 16 : 0);
+        copy_async(shared_address(to + r * shared_stride(kHeadChunk) + i % kUnits * 8), from, k < a.inputs ? 16 : 0);
     }
 }
 
 #endif
 
-// Chunks on their way at once.
-template <int CHUNK>
-constexpr int kStages = CHUNK <= 256 ? 3 : 2;
-
 // Calls run(x, chunk) for chunks of many rows of x, which go through stages in shared memory.
-template <typename T, int CHUNK, typename Run>
+template <typename T, typename Run>
 __device__ __forceinline__ void in_chunks(const Linear& a, int first, int rows, T* shared, Run&& run) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    constexpr int kAhead = kStages<CHUNK> - 1;
-    const int stride = shared_stride(CHUNK), chunks = (a.inputs + CHUNK - 1) / CHUNK, stage = a.rows * stride;
+    constexpr int kAhead = kHeadStages - 1;
+    const int stride = shared_stride(kHeadChunk), chunks = (a.inputs + kHeadChunk - 1) / kHeadChunk;
+    const int stage = a.rows * stride;
 #pragma unroll
     for (int c = 0; c < kAhead; c++) {
-        if (c < chunks) fetch_chunk<T, CHUNK>(a, first, rows, c, shared + c * stage);
+        if (c < chunks) fetch_chunk<T>(a, first, rows, c, shared + c * stage);
         copy_async_commit();
     }
     int at = 0;
@@ -191,7 +191,7 @@ __device__ __forceinline__ void in_chunks(const Linear& a, int first, int rows, 
         copy_async_wait<kAhead - 1>();
         __syncthreads();
         if (c + kAhead < chunks) {
-            fetch_chunk<T, CHUNK>(a, first, rows, c + kAhead, shared + (at == 0 ? kAhead : at - 1) * stage);
+            fetch_chunk<T>(a, first, rows, c + kAhead, shared + (at == 0 ? kAhead : at - 1) * stage);
         }
         copy_async_commit();
         run(SharedX<T>{shared + at * stage, stride, rows}, c);
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(256) norm_kernel(const Linear a, T* y, int str
     normalize<T, X, 8>(a, 1, x, a.inputs, norm, reinterpret_cast<float*>(shared + layout.scales), own, stride);
 }
 
-constexpr int kHeadWarps = 8, kHeadChunk = 256;
+constexpr int kHeadWarps = 8;
 constexpr int kHeadOutputs = 16;  // of a warp
 
 // Weights [outputs, inputs], which is a tied embedding; y float32. A warp takes 16 outputs, and of each 64 bytes at once.
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps, NT > 1 || sizeof(T) == 4 ? 2 
             }
             finish(x, 0);
         } else {
-            in_chunks<T, kHeadChunk>(a, first, rows, reinterpret_cast<T*>(shared), [&](const SharedX<T>& x, int chunk) {
+            in_chunks<T>(a, first, rows, reinterpret_cast<T*>(shared), [&](const SharedX<T>& x, int chunk) {
                 constexpr int kSteps = kHeadChunk / kStep;
 #pragma unroll
                 for (int i = 0; i < kSteps; i++) {

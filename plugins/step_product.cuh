@@ -125,7 +125,7 @@ struct Product {
                 held[d][j] = load_weights<BYTES>(next + j * stride);
             } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-                copy_async_whole<BYTES>(ring + (4 * d + j) * BYTES * kThreads, next + j * stride);
+                copy_async_whole<BYTES>(shared_address(ring + (4 * d + j) * BYTES * kThreads), next + j * stride);
 #endif
             }
         }

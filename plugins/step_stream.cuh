@@ -95,14 +95,10 @@ struct Stream {
             for (int i = 0; i < TILES; i++) {
                 const uint32_t place = to + at + i * kInputs * kPitch;
                 if (left >= 16) {
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(place), "l"(next + i * rows) : "memory");
+                    copy_async_whole<16>(place, next + i * rows);
                 } else {  // zeros behind the last input
                     const bool there = input + i * kInputs < left;
-                    const T* const from = there ? next + i * rows : next - input * (rows / kInputs);
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                                 :
-                                 : "r"(place), "l"(from), "r"(there ? 16 : 0)
-                                 : "memory");
+                    copy_async(place, there ? next + i * rows : next - input * (rows / kInputs), there ? 16 : 0);
                 }
             }
         }
@@ -148,7 +144,7 @@ __device__ __forceinline__ void fetch_part(const Linear& a, int first, int rows,
         const T* const x = static_cast<const T*>(a.x) + int64_t{first + r} * a.x_stride + 16 * from;
 #pragma unroll 2
         for (int u = own; u < units; u += 1 << log_lanes) {
-            copy_async(to + r * stride + 8 * u, 8 * u < left ? x + 8 * u : x, 8 * u < left ? 16 : 0);
+            copy_async(shared_address(to + r * stride + 8 * u), 8 * u < left ? x + 8 * u : x, 8 * u < left ? 16 : 0);
         }
     }
 }

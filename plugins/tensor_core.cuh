@@ -48,24 +48,18 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes from global to shared memory; the first `bytes` are read, the others become zero.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :
-                 : "r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
+// 16 bytes from global memory to a shared address; the first `bytes` are read, the others become zero.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // 4, 8 or 16 bytes.
 template <int BYTES>
-__device__ __forceinline__ void copy_async_whole(void* to, const void* from) {
+__device__ __forceinline__ void copy_async_whole(uint32_t to, const void* from) {
     if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
     } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                     :
-                     : "r"(shared_address(to)), "l"(from), "n"(BYTES)
-                     : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" : : "r"(to), "l"(from), "n"(BYTES) : "memory");
     }
 }
 
