@@ -137,6 +137,7 @@ _MEDIUM = _Shape(2, 8, 32, 64, 2, 1, 8, 2, 10, 640, 1)
 _MANY = _Shape(4, 4, 32, 32, 4, 1, 8, 4, 8, 256, 3)
 _FEW_32 = _Shape(2, 16, 64, 64, 1, 2, 8, 1, 3, 576, 1)
 _STATES_32 = _Shape(4, 8, 16, 32, 2, 1, 8, 2, 8, 384, 2)
+_FEW_BLOCKS_32 = _Shape(4, 8, 32, 32, 2, 2, 8, 2, 5, 384, 2)
 _STATES = (  # the most states, the shape, quads of channels
     (64, _Shape(4, 16, 16, 16, 1, 2, 8, 1, 4, 384, 2), 4),
     (128, _Shape(4, 32, 16, 16, 1, 4, 8, 1, 2, 352, 2), 2),
@@ -191,7 +192,7 @@ def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
             before.append(_pad_launch(_Copy(source, copy, rows, (1, N), (1, to_N), item)))
     if room > 1:
         length = _ceil(_ceil(call.length, room), 32) * 32
-        shape = _STATES_32 if call.state_size > 16 else _MANY
+        shape = _FEW_BLOCKS_32 if call.state_size > 16 else _MANY
         plan = _scan_plan(call, shape, 4, _ceil(call.length, length), length, workspace, states)
         elements = call.batch * call.channels * call.state_size
         passing = Launch(_PROMPT, "mamba::scan::pass_kernel", (_ceil(elements, 128),), (128,), 0, (call, plan))
@@ -217,6 +218,8 @@ def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
     if call.state_size > 16:
         if call.batch * _ceil(call.channels, 12) <= device.multiprocessors and fits(_FEW_32):
             return _FEW_32, best(2, 3)
+        if call.batch * _ceil(call.channels, 20) <= 2 * device.multiprocessors:
+            return _FEW_BLOCKS_32, best(4, 5)
         return _STATES_32, best(4, 6, 8)
     if call.batch * call.channels >= 64 * device.multiprocessors:
         return _MANY, best(4, 6, 8)
@@ -573,7 +576,8 @@ class _Linear(ctypes.Structure):
 
 _STEP = "step_linear.cuh"
 _COLUMNS = 8  # rows of the batch that a tensor core takes at once
-_NORM_ROWS = 2  # that a block norms by itself
+_NORM_ROWS = 2  # that a block of a product norms by itself; one of the head but one
+_ROW_THREADS, _MOST_LANES = 1024, 32
 _HEAD_THREADS, _HEAD_OUTPUTS, _HEAD_CHUNK, _HEAD_STAGES = 256, 128, 256, 3  # of a block
 
 
@@ -630,10 +634,12 @@ def _complete(a: _Linear, x_item: int) -> None:
     a.by_16 = not (a.x_stride * x_item % 16 or a.inputs * x_item % 16 or a.x % 16)
 
 
-def _norm_apart(a: _Linear, dtype: int, x_dtype: int, workspace: int) -> tuple[list[Launch], int]:
+def _norm_apart(
+    a: _Linear, dtype: int, x_dtype: int, workspace: int, most: int = _NORM_ROWS
+) -> tuple[list[Launch], int]:
     """Changes ``a`` to read the norm's result, where that has a kernel of its own; that, and the dtype of x then."""
     _complete(a, _BYTES[x_dtype])
-    if a.batch <= _NORM_ROWS or a.norm_weight is None:
+    if a.batch <= most or a.norm_weight is None:
         return [], x_dtype
     stride = _ceil(a.inputs, 32) * 32
     a.rows = 1
@@ -649,7 +655,26 @@ def _is_wide(a: _Linear, dtype: int, device: Device) -> bool:
     return bool(_BYTES[dtype] == 2 and a.batch > _COLUMNS and device.major >= 8 and a.norm_weight is None and a.by_16)
 
 
+def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[Launch]:
+    """Of a row or two and many inputs; else none."""
+    if a.batch > _NORM_ROWS or a.inputs < (1536 if a.outputs > a.inputs else 3072):
+        return []
+    pieces = _ceil(a.outputs, 16 // _BYTES[dtype])
+    waves = _ceil(pieces, _MOST_LANES * device.multiprocessors)
+    lanes = max(_ceil(pieces, waves * device.multiprocessors), 4 if 2 * pieces > device.multiprocessors else 1)
+    of_row = 4 * (max(_ceil(a.inputs, 4) * 4, _ROW_THREADS) + _ROW_THREADS * 16 // _BYTES[dtype])
+    shared = a.batch * (of_row + lanes * (16 // _BYTES[dtype]) * (56 if _BYTES[dtype] == 4 else 44))
+    if shared > device.shared_bytes:
+        return []
+    _complete(a, _BYTES[x_dtype])
+    name = _kernel("step", "row_kernel", _TYPES[dtype], _TYPES[x_dtype], a.batch)
+    return [Launch("step_row.cuh", name, (_ceil(pieces, lanes),), (_ROW_THREADS,), shared, (a, c_int32(lanes)))]
+
+
 def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
+    of_few = _row_product(a, dtype, x_dtype, device)
+    if of_few:
+        return of_few
     before, x_dtype = _norm_apart(a, dtype, x_dtype, workspace)
     if _BYTES[dtype] == _BYTES[x_dtype] == 2 and _is_stream(a, device):
         return [*before, _stream(a, dtype, device)]
@@ -729,7 +754,11 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
         call.batch, call.width, call.vocab, call.width, 1, eps=call.eps, x=call.hidden, weight=call.weight,
         norm_weight=call.norm_weight, y=call.y,
     )  # fmt: skip
-    before, x_dtype = _norm_apart(a, call.dtype, 0, workspace)
+    if a.batch == 1:
+        threads = 32 * min(_ceil(a.inputs, 512 // _BYTES[call.dtype]), 16)
+        name = _kernel("step", "row_head_kernel", _TYPES[call.dtype])
+        return [Launch("step_row.cuh", name, (_ceil(a.outputs, 8),), (threads,), 0, (a,))]
+    before, _ = _norm_apart(a, call.dtype, 0, workspace, most=1)
     columns = 1
     if _is_wide(a, call.dtype, device):
         columns = (
@@ -738,8 +767,8 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
         a.rows = columns * _COLUMNS
         shared = _HEAD_STAGES * a.rows * _shared_stride(_HEAD_CHUNK) * 2
     else:
-        shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[x_dtype], 0, 0)
-    name = _kernel("step", "head_kernel", _TYPES[call.dtype], _TYPES[x_dtype], columns)
+        shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[call.dtype], 0, 0)
+    name = _kernel("step", "head_kernel", _TYPES[call.dtype], columns)
     grid = (_ceil(a.outputs, _HEAD_OUTPUTS), _ceil(a.batch, a.rows))
     return [*before, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
 
@@ -774,7 +803,7 @@ def workspace_bytes(op: str, call: Any) -> int:
         floats = _scan_workspace(call)
     elif op == "ssd_scan":
         floats = _ssd_workspace(call)
-    elif op in ("in_proj", "out_proj", "head") and call.batch > _NORM_ROWS:
+    elif op in ("in_proj", "out_proj", "head") and call.batch > (1 if op == "head" else _NORM_ROWS):
         inputs = call.channels if op == "out_proj" else call.width
         floats = _ceil(call.batch * _ceil(inputs, 32) * 32 * _BYTES[call.dtype], 4)
     return _ceil(4 * floats, 256) * 256

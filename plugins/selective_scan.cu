@@ -66,8 +66,9 @@ cudaError_t step(const MambaSelectiveScan& a, cudaStream_t stream) {
 using FewChannels = Shape<2, 8, 64, 64, 1, 1, 8, 1, 4, 640, 1>;  // N up to 16, as are the next two
 using MediumChannels = Shape<2, 8, 32, 64, 2, 1, 8, 2, 10, 640, 1>;
 using ManyChannels = Shape<4, 4, 32, 32, 4, 1, 8, 4, 8, 256, 3>;
-using FewStates32 = Shape<2, 16, 64, 64, 1, 2, 8, 1, 3, 576, 1>;  // N up to 32, as is the next
+using FewStates32 = Shape<2, 16, 64, 64, 1, 2, 8, 1, 3, 576, 1>;  // N up to 32, as are the next two
 using States32 = Shape<4, 8, 16, 32, 2, 1, 8, 2, 8, 384, 2>;
+using FewBlocks32 = Shape<4, 8, 32, 32, 2, 2, 8, 2, 5, 384, 2>;
 using States64 = Shape<4, 16, 16, 16, 1, 2, 8, 1, 4, 384, 2>;
 using States128 = Shape<4, 32, 16, 16, 1, 4, 8, 1, 2, 352, 2>;
 using States256 = Shape<8, 32, 8, 8, 1, 4, 8, 1, 2, 352, 1>;
@@ -206,7 +207,7 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
     const int N = a.state_size;
     const Chunks chunks = cut(a);
     if (chunks.count > 1) {
-        return N > 16 ? chunked_prompt<T, States32>(a, chunks, workspace, stream)
+        return N > 16 ? chunked_prompt<T, FewBlocks32>(a, chunks, workspace, stream)
                       : chunked_prompt<T, ManyChannels>(a, chunks, workspace, stream);
     }
     if (N > 128) return prompt<T, States256>(a, 2, workspace, stream);
@@ -221,6 +222,9 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
         const bool few = a.batch * ceil_div(a.channels, 12) <= multiprocessors;
         if (few && fits(PromptShared<FewStates32>::floats(3, false))) {
             return prompt<T, FewStates32>(a, choose_quads(a, multiprocessors, {2, 3}), workspace, stream);
+        }
+        if (a.batch * ceil_div(a.channels, 20) <= 2 * multiprocessors) {  // all at once
+            return prompt<T, FewBlocks32>(a, choose_quads(a, multiprocessors, {4, 5}), workspace, stream);
         }
         return prompt<T, States32>(a, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
     }

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "selective_update.cuh"
-#include "step_linear.cuh"
+#include "step_row.cuh"
 #include "step_stream.cuh"
 
 namespace mamba {
@@ -26,11 +26,11 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t 
 
 int padded(int inputs) { return (inputs + 31) / 32 * 32; }
 
-constexpr int kNormRows = 2;  // that a block norms by itself
+constexpr int kNormRows = 2;  // that a block of a product norms by itself; one of the head but one
 
 // Of f(x), where it has a kernel of its own.
-size_t norm_bytes(int64_t batch, int32_t inputs, int32_t dtype) {
-    return batch <= kNormRows ? 0 : workspace_bytes(ceil_div(batch * padded(inputs) * item_bytes(dtype), 4));
+size_t norm_bytes(int64_t batch, int32_t inputs, int32_t dtype, int most = kNormRows) {
+    return batch <= most ? 0 : workspace_bytes(ceil_div(batch * padded(inputs) * item_bytes(dtype), 4));
 }
 
 // What follows from the sizes and addresses.
@@ -48,11 +48,34 @@ int most_rows(Linear a, const Device& device, Bytes&& bytes) {
     return a.rows;
 }
 
+// How many pieces of 16 bytes a block of row_kernel takes, so that there are as many blocks as multiprocessors, but no less
+// than 64 bytes unless most would be left without a block; 0 where few_rows() is faster.
+template <typename T>
+int row_lanes(const Linear& a, const Device& device) {
+    if (a.batch > kNormRows || a.inputs < (a.outputs > a.inputs ? 1536 : 3072)) return 0;
+    const int64_t pieces = ceil_div(a.outputs, kPiece<T>);
+    const int64_t waves = ceil_div(pieces, int64_t{kMostLanes} * device.multiprocessors);
+    const int lanes = std::max<int>(ceil_div(pieces, waves * device.multiprocessors), 2 * pieces > device.multiprocessors ? 4 : 1);
+    const int64_t bytes = row_bytes<T>(a.inputs, a.batch, lanes);
+    return bytes <= device.shared_bytes ? lanes : 0;
+}
+
+template <typename T, typename X>
+cudaError_t row_product(Linear a, int lanes, const Device& device, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(ceil_div(a.outputs, kPiece<T>), lanes)));
+    const auto run = [&](auto rows) {
+        return start(row_kernel<T, X, rows>, grid, 32 * kRowWarps, row_bytes<T>(a.inputs, rows, lanes), device, stream,
+                     complete<X>(a), int(lanes));
+    };
+    return a.batch == 1 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
+}
+
 // Puts f(x) of more than a few rows into the workspace, where it is a norm: true where that is so.
 template <typename T, typename X>
-cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStream_t stream, bool& apart) {
+cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStream_t stream, bool& apart,
+                       int most = kNormRows) {
     a = complete<X>(a);
-    apart = a.batch > kNormRows && a.norm_weight != nullptr;
+    apart = a.batch > most && a.norm_weight != nullptr;
     if (!apart) return cudaSuccess;
     if (workspace == nullptr) return cudaErrorInvalidValue;
     const int stride = padded(a.inputs);
@@ -159,6 +182,8 @@ cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
     Device device;
     cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
+    const int lanes = row_lanes<T>(a, device);
+    if (lanes > 0) return row_product<T, X>(a, lanes, device, stream);
     bool apart = false;
     error = norm_apart<T, X>(a, workspace, device, stream, apart);
     if (error != cudaSuccess) return error;
@@ -221,8 +246,13 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     Linear a{};
     a.batch = c.batch, a.inputs = c.width, a.outputs = c.vocab, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
     a.x = c.hidden, a.weight = c.weight, a.norm_weight = c.norm_weight, a.y = c.y;
+    if (a.batch == 1) {
+        const int64_t warps = std::min<int64_t>(ceil_div(a.inputs, 32 * kPiece<T>), kRowHeadWarps);
+        const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, kRowHeadOutputs)));
+        return start(row_head_kernel<T>, grid, static_cast<int>(32 * warps), 0, device, stream, Linear(a));
+    }
     bool apart = false;
-    error = norm_apart<T, float>(a, workspace, device, stream, apart);
+    error = norm_apart<T, float>(a, workspace, device, stream, apart, 1);
     if (error != cudaSuccess) return error;
     const auto tiles = static_cast<unsigned>(ceil_div(a.outputs, kHeadWarps * kHeadOutputs));
     const auto grid = [&] { return dim3(tiles, static_cast<unsigned>(ceil_div(a.batch, a.rows))); };
@@ -230,7 +260,7 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
         if (is_wide<T>(a, device)) {
             const auto start_wide = [&](auto columns) {
                 a.rows = columns * kColumns;
-                return start(head_kernel<T, T, columns>, grid(), 32 * kHeadWarps,
+                return start(head_kernel<T, columns>, grid(), 32 * kHeadWarps,
                              kHeadStages * a.rows * shared_stride(kHeadChunk) * sizeof(T), device, stream, Linear(a));
             };
             if (a.batch <= 2 * kColumns) return start_wide(std::integral_constant<int, 2>{});
@@ -240,13 +270,10 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
             return start_wide(std::integral_constant<int, 8>{});
         }
     }
-    const auto few = [&](auto x) {
-        const auto bytes = [](const Linear& a) { return Layout(a, sizeof(T), sizeof(x), 0, 0).bytes; };
-        a.rows = most_rows(a, device, bytes);
-        if (a.rows == 0) return cudaErrorInvalidValue;
-        return start(head_kernel<T, decltype(x), 1>, grid(), 32 * kHeadWarps, bytes(a), device, stream, Linear(a));
-    };
-    return apart ? few(T{}) : few(float{});
+    const auto bytes = [](const Linear& a) { return Layout(a, sizeof(T), sizeof(T), 0, 0).bytes; };
+    a.rows = most_rows(a, device, bytes);
+    if (a.rows == 0) return cudaErrorInvalidValue;
+    return start(head_kernel<T, 1>, grid(), 32 * kHeadWarps, bytes(a), device, stream, Linear(a));
 }
 
 template <typename T>
@@ -304,7 +331,7 @@ extern "C" size_t mamba_out_proj_workspace(const MambaOutProj* c) {
     return mamba::step::norm_bytes(c->batch, c->channels, c->dtype);
 }
 extern "C" size_t mamba_head_workspace(const MambaHead* c) {
-    return mamba::step::norm_bytes(c->batch, c->width, c->dtype);
+    return mamba::step::norm_bytes(c->batch, c->width, c->dtype, 1);
 }
 
 extern "C" int mamba_in_proj(const MambaInProj* call, void* workspace, void* stream) {

@@ -4,7 +4,8 @@
 //
 // Of a row or two of the batch every block finds the norm itself, which costs less than one more kernel; of more, the norm
 // is a kernel of its own. What a norm makes is rounded to T, as it is between operators. Here up to 8 rows of x lie in shared
-// memory whole; of more, step_stream.cuh has the products, and those of the head go through it in chunks.
+// memory whole; of more, step_stream.cuh has the products, and those of the head go through it in chunks. A row or two of
+// many inputs, and the head of one row, are in step_row.cuh.
 #pragma once
 
 #include "step_product.cuh"
@@ -211,6 +212,7 @@ struct Column {
     T filter[kTaps];
     float bias, conv_bias;
 
+    Column() = default;
     __device__ __forceinline__ Column(const Linear& a, int m, bool exists) : m(m), channel(m - a.conv_first), exists(exists) {
         convolved = exists && channel >= 0 && channel < a.conv_channels;
         bias = exists && a.bias != nullptr ? to_float(static_cast<const T*>(a.bias)[m]) : 0.0f;
@@ -336,8 +338,9 @@ __global__ void __launch_bounds__(256) norm_kernel(const Linear a, T* y, int str
 constexpr int kHeadWarps = 8;
 constexpr int kHeadOutputs = 16;  // of a warp
 
-// Weights [outputs, inputs], which is a tied embedding; y float32. A warp takes 16 outputs, and of each 64 bytes at once.
-template <typename T, typename X, int NT>
+// Weights [outputs, inputs], which is a tied embedding; x normed already, y float32. A warp takes 16 outputs, and of each
+// 64 bytes at once.
+template <typename T, int NT>
 __global__ void __launch_bounds__(32 * kHeadWarps, NT > 1 || sizeof(T) == 4 ? 2 : 3) head_kernel(const Linear a) {
     extern __shared__ float4 memory[];
     if constexpr (NT == 1 || kTensorCores<T>) {
@@ -362,7 +365,6 @@ __global__ void __launch_bounds__(32 * kHeadWarps, NT > 1 || sizeof(T) == 4 ? 2 
             held[d][0] = held[d][1] = make_uint4(0, 0, 0, 0);
             if (d < whole) load(held[d], d);
         }
-        const float* const norm = NT == 1 ? fetch_norm(a, reinterpret_cast<float*>(shared)) : nullptr;
         let_next_start();
         wait_for_previous();
 
@@ -401,8 +403,8 @@ __global__ void __launch_bounds__(32 * kHeadWarps, NT > 1 || sizeof(T) == 4 ? 2 
             multiply(last, x, (whole - first_step) * kStep + t * kVec);
         };
         if constexpr (NT == 1) {
-            const Layout layout(a, sizeof(T), sizeof(X), 0, 0);
-            const SharedX<T> x = prepare<T, X, kHeadWarps>(a, layout, shared, norm, first, rows);
+            const Layout layout(a, sizeof(T), sizeof(T), 0, 0);
+            const SharedX<T> x = prepare<T, T, kHeadWarps>(a, layout, shared, nullptr, first, rows);
             int from = 0;
 #pragma unroll 1
             for (; from + 2 * kDepth - 1 < whole; from += kDepth) {

@@ -177,7 +177,7 @@ def _size(draw: random.Random, published: tuple[int, ...], high: int) -> int:
 
 
 def random_call(op: str, draw: random.Random) -> Any:
-    sizes = {"batch": _size(draw, (1, 8, 64, 256), 70_000)}
+    sizes = {"batch": _size(draw, (1, 2, 8, 64, 256), 70_000)}
     if op == "sample_token":
         sizes |= {"vocab": _size(draw, (50280, 256000), 1 << 20), "capacity": _size(draw, (1, 256), 70_000)}
         return _struct(op, draw, sizes | {"top_k": draw.randrange(100)})

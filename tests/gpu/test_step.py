@@ -195,6 +195,30 @@ def test_equals_the_reference(op: str, case: dict[str, Any], T: torch.dtype, sam
             assert torch.equal(bits(found[1].cpu()[~reads]), bits(kept[~reads])), "a row of length 0 changed its state"
 
 
+FEW = [  # products of many inputs with a row or two: the last ones of odd sizes, or in more blocks than run at once
+    ("in_proj", {"d": 2560, "M": 10240, "C": 5120, "first": 0}),
+    ("in_proj", {"d": 2048, "M": 8512, "C": 4352, "first": 4096, "bias": True}),
+    ("x_proj", {"D": 4096, "E": 160}),
+    ("out_proj", {"D": 5120, "d": 2560}),
+    ("out_proj", {"D": 8192, "d": 4096, "G": 8, "bias": True}),
+    ("in_proj", {"d": 2051, "M": 33856, "C": 65, "first": 20000, "K": 8, "bias": True}),
+    ("x_proj", {"D": 3082, "E": 8}),
+    ("out_proj", {"D": 3077, "d": 24, "G": 17}),
+    ("head", {"d": 2560, "V": 1000}),
+    ("head", {"d": 5128, "V": 77}),
+]
+
+
+@pytest.mark.parametrize("B", [1, 2])
+@pytest.mark.parametrize("T", TYPES, ids=str)
+@pytest.mark.parametrize(("op", "case"), FEW, ids=str)
+def test_a_row_or_two_of_many_inputs(op: str, case: dict[str, Any], T: torch.dtype, B: int) -> None:
+    args = ARGUMENTS[op](Draw(T, B, seed=B), **case)
+    found = launch(op, args, same=B == 2)
+    check(found, op, args, T)
+    assert found[0].isfinite().all()
+
+
 MANY = [  # products that clusters of blocks share, the last two with x in parts
     ("in_proj", {"d": 2048, "M": 8192, "C": 4096, "first": 0}),
     ("out_proj", {"D": 5120, "d": 2560}),
