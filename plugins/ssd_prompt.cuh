@@ -519,6 +519,14 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
     state.lane = lane;
     state.each([&](float& v, int, int) { v = 0.0f; });
     float2 skip[2];
+    const auto read_skip = [&](int lane) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int p = j * 8 + lane % 4 * 2;
+            skip[j].x = p < cols ? skip_of(a, at.h, p0 + own + p) : 0.0f;
+            skip[j].y = p + 1 < cols ? skip_of(a, at.h, p0 + own + p + 1) : 0.0f;
+        }
+    };
     if (OUTPUT) {
         void* const from = whole ? const_cast<void*>(a.ssm_state) : state_of(segment);
         with_states(from, whole ? a.state_dtype : MAMBA_FLOAT32, [&](auto* states) {
@@ -527,12 +535,7 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
                 if (n < N && p < cols) v = to_float(states[static_cast<int64_t>(p) * N + n]);
             });
         });
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            const int p = j * 8 + lane % 4 * 2;
-            skip[j].x = p < cols ? skip_of(a, at.h, p0 + own + p) : 0.0f;
-            skip[j].y = p + 1 < cols ? skip_of(a, at.h, p0 + own + p + 1) : 0.0f;
-        }
+        if (kOnHopper) read_skip(lane);
     }
     T* y = static_cast<T*>(a.y) + x_offset + own;
     float unit = 1.0f, product = 1.0f;  // h is in units of the first
@@ -542,6 +545,7 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
             const T* const x = x_of(stage) + own;
             state.load(x, row_x);
             if constexpr (OUTPUT) {
+                if (!kOnHopper) read_skip(not_ahead(lane));  // or there are too few registers on some
                 state.output(
                     C_of(stage), scores[chunk % 2], steps[stage], x, row_x, skip, unit, y, x_row, rows_of(chunk), cols);
                 y += static_cast<int64_t>(kChunk) * x_row;
