@@ -76,8 +76,14 @@ MOST_ERROR = 5e-2  # of the logits, relative to the largest
 SECONDS, FEWEST = 10.0, 3  # of a contender, after which so many turns have to do
 
 
-def _counts(context: Any, option: Any, value: str) -> list[int]:
+def counts(context: Any, option: Any, value: str) -> list[int]:
     return [int(part) for part in value.split(",") if part]
+
+
+def names(context: Any, option: Any, value: str) -> list[str]:
+    if odd := [name for name in value.split(",") if name not in MODELS]:
+        raise click.BadParameter(f"there is no model {odd[0]}: choose from {', '.join(MODELS)}")
+    return value.split(",")
 
 
 @click.command()
@@ -86,19 +92,17 @@ def _counts(context: Any, option: Any, value: str) -> list[int]:
     "--bundles", required=True, type=click.Path(path_type=Path), help="Folder of models, made where they are missing."
 )
 @click.option("--mamba-ssm", type=click.Path(exists=True, path_type=Path), help="Its unpacked source distribution.")
-@click.option("--models", default="mamba-130m,mamba2-130m", show_default=True)
-@click.option("--batch", "batches", default="1,8,64", show_default=True, callback=_counts, help="Rows of decode steps.")
-@click.option("--prompt", "prompts", default="2048", show_default=True, callback=_counts, help="Tokens.")
-@click.option("--context", "contexts", default="", callback=_counts, help="Tokens read before a step; say 32768.")
+@click.option("--models", default="mamba-130m,mamba2-130m", show_default=True, callback=names)
+@click.option("--batch", "batches", default="1,8,64", show_default=True, callback=counts, help="Rows of decode steps.")
+@click.option("--prompt", "prompts", default="2048", show_default=True, callback=counts, help="Tokens.")
+@click.option("--context", "contexts", default="", callback=counts, help="Tokens read before a step; say 32768.")
 @click.option("--turns", default=7, show_default=True, help="Of each contender.")
 @click.option("--steps", default=100, show_default=True, help="Replays of one turn.")
 @click.option("--compile/--no-compile", "with_compile", default=True, help=f"Also {COMPILED}: it takes minutes.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write the results as JSON, or into what is there.")
-def main(engines: str, bundles: Path, models: str, **options: Any) -> None:
+def main(engines: str, bundles: Path, models: list[str], **options: Any) -> None:
     """Measure, print, and write the results; exit with 1 where a model could not be measured."""
-    if odd := [name for name in models.split(",") if name not in MODELS]:
-        raise click.UsageError(f"there is no model {odd[0]}: choose from {', '.join(MODELS)}")
-    sys.exit(measure_all(engines, bundles, models.split(","), SimpleNamespace(**options)))
+    sys.exit(measure_all(engines, bundles, models, SimpleNamespace(**options)))
 
 
 # --- models --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,180 @@
+"""A decode step as the bare chain of our kernels, beside the step of mamba_ssm on the same random weights.
+
+    mamba-deploy plugin build --kernels-only
+    python samples/bench_chains.py --mamba-ssm DIR --models mamba-2.8b,mamba2-2.7b --batch 1,64
+
+What TensorRT makes of the fused graph is this chain and the kernel that looks the embedding up; here PyTorch does that.
+No checkpoint, export or engine is needed, so models of billions of parameters are measured in seconds. Needs PyTorch
+for CUDA and, for the peer, what bench_peers.py needs, which says how the contenders take turns, what a peer is and what
+the limit is. Their logits are compared first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from bench_kernels import calibrate
+from bench_peers import MODELS, admit, counts, gpu_us, make_row, names, table, take_turns, write
+from bench_worker import COMPARED, OURS, random_ids
+from peers import STEP, Contender, captured, load_kernels, missing, peer_step, source_version
+from torch import Tensor
+
+from mamba_deploy.config import MambaConfig
+from mamba_deploy.contract import Contract
+from mamba_deploy.limits import Limits
+from mamba_deploy.model import MambaModel
+from mamba_deploy.plugins.kernels import load
+
+FED, STEPS = 3, 50  # tokens before logits are compared; replays of a turn
+
+
+@click.command()
+@click.option("--library", type=click.Path(exists=True, path_type=Path), help="Of the kernels, if not your cache's.")
+@click.option("--mamba-ssm", type=click.Path(exists=True, path_type=Path), help="Its unpacked source distribution.")
+@click.option("--models", default="mamba-1.4b,mamba-2.8b,mamba2-1.3b,mamba2-2.7b", show_default=True, callback=names)
+@click.option("--batch", "batches", default="1,8,64", show_default=True, callback=counts, help="Rows.")
+@click.option("--turns", default=5, show_default=True, help="Of each contender.")
+@click.option("--write", "target", type=click.Path(path_type=Path), help="Write the results as JSON, or into these.")
+def main(
+    library: Path | None,
+    mamba_ssm: Path | None,
+    models: list[str],
+    batches: list[int],
+    turns: int,
+    target: Path | None,
+) -> None:
+    """Print a table of times for each model and number of rows."""
+    torch.set_grad_enabled(False)
+    machine, ours, theirs, versions = calibrate(), load(library), {}, {}
+    click.echo(machine.text)
+    if reason := missing(mamba_ssm).get(STEP):
+        click.echo(f"left out: {STEP}: {reason}")
+    else:
+        theirs, versions["mamba_ssm"] = load_kernels(mamba_ssm), source_version(mamba_ssm)
+    rows = []
+    for name in models:
+        model = random_model(config_of(name))
+        for batch in batches:
+            times, notes = measure(model, ours, theirs, batch, turns)
+            limits = Limits.of(model.config, Contract.of(model.config, dtype="float16"), batch=batch)
+            rows.append(make_row(f"chain/{name}/b{batch}", times, notes, limits, machine))
+            click.echo(table(rows[-1]))
+            if target is not None:
+                write(target, rows, machine.text, versions)
+            torch.cuda.empty_cache()
+
+
+def measure(
+    model: MambaModel, ours: Any, theirs: dict[str, Any], batch: int, turns: int
+) -> tuple[dict[str, float], list[str]]:
+    """Microseconds of each contender, and who is left out."""
+    fed = list(torch.tensor(random_ids(model.config.vocab_size, batch, FED)).long().cuda().t().contiguous())
+    contender = chain(model, ours, batch)
+    logits = [contender.feed(tokens) for tokens in fed][-1][:, :COMPARED].cpu().numpy()
+    builders: dict[str, Callable[[], Contender]] = {
+        f"{STEP}{state}{warps}": functools.partial(peer_step, model, kernels, fed[0], dtype, STEPS)
+        for warps, kernels in theirs.items()
+        for state, dtype in (("", torch.float16), (", float32 state", torch.float32))
+    }
+    peers, notes = admit(builders, fed, logits)
+    times, failed = take_turns(
+        {name: functools.partial(gpu_us, given) for name, given in ({OURS: contender} | peers).items()}, turns
+    )
+    return times, [*notes, *failed]
+
+
+def config_of(name: str) -> MambaConfig:
+    """Of a model of the published sizes."""
+    width, layers = MODELS[name]
+    common = {"d_model": width, "n_layer": layers, "d_inner": 2 * width}
+    if name.startswith("mamba2"):
+        return MambaConfig("mamba2", vocab_size=50288, d_state=128, head_dim=64, **common)
+    return MambaConfig("mamba", vocab_size=50280, d_state=16, dt_rank=width // 16, **common)
+
+
+def random_model(config: MambaConfig, dtype: torch.dtype = torch.float16, device: str = "cuda") -> MambaModel:
+    """Weights as small as trained ones, in dtype but for those that checkpoints keep in float32."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MambaModel(config)
+        for name, weight in model.named_parameters():
+            short = name.split(".")[-1]
+            if short == "A":
+                weight.data = -torch.rand(weight.shape) - 0.5
+            elif short in ("D", "dt_bias") or "norm" in name:
+                weight.data = torch.full(weight.shape, 0.0 if short == "dt_bias" else 1.0)
+            else:
+                weight.data = (0.02 * torch.randn(weight.shape)).to(dtype)
+    return model.eval()
+
+
+class Chain:
+    """Our kernels over the weights of the reference, as our files store them, beside a state."""
+
+    def __init__(self, model: MambaModel, kernels: Any, batch: int) -> None:
+        c, weight = model.config, model.embedding.weight
+        self.config, self.model, self.kernels = c, model, kernels
+        new = functools.partial(torch.zeros, device=weight.device)
+        products = ("in_proj", "out_proj") + (("x_proj", "dt_proj") if c.generation == "mamba" else ())
+        self.products = [
+            {name: getattr(layer.mixer, name).weight.t().contiguous() for name in products} for layer in model.layers
+        ]
+        self.conv = [new(batch, *c.conv_state_shape, dtype=weight.dtype) for _ in model.layers]
+        self.ssm = [new(batch, *c.ssm_state_shape) for _ in model.layers]
+        self.lengths = new(batch, dtype=torch.int32) + 1
+        self.streams = [new(batch, 1, c.d_model) for _ in range(2)]  # the residual one, in turns
+        self.projected = new(batch, 1, self.products[0]["in_proj"].shape[1], dtype=weight.dtype)
+        self.y = new(batch, 1, c.d_inner, dtype=weight.dtype)
+        self.low = new(batch, 1, c.dt_rank + 2 * c.d_state, dtype=weight.dtype)
+        self.logits = new(batch, c.vocab_size)
+        sizes = {"batch": batch, "length": 1, "channels": c.d_inner, "width": c.d_model, "groups": c.n_groups}
+        largest = kernels.workspace_bytes("out_proj", dtype=str(weight.dtype).removeprefix("torch."), **sizes)
+        self.workspace = new(max(largest, 1), dtype=torch.uint8)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """[B] tokens onto the state -> logits [B, V]."""
+        c, model, shared = self.config, self.model, {"workspace": self.workspace, "stream": _stream()}
+        hidden, other = self.streams
+        hidden.copy_(model.embedding(tokens)[:, None])
+        for layer, products, conv, ssm in zip(model.layers, self.products, self.conv, self.ssm, strict=True):
+            m, norm = layer.mixer, None
+            self.kernels.in_proj(
+                hidden, layer.norm.weight, products["in_proj"], m.in_proj.bias, m.conv_weight, m.conv_bias, conv,
+                self.lengths, c.norm_eps, c.d_inner if c.generation == "mamba2" else 0,
+                y=self.projected, state_out=conv, **shared,
+            )  # fmt: skip
+            scan = (m.A, m.D, m.dt_bias, ssm, self.lengths)
+            if c.generation == "mamba":
+                self.kernels.x_proj(self.projected, products["x_proj"], y=self.low, **shared)
+                self.kernels.selective_update(
+                    self.projected, self.low, products["dt_proj"], *scan, -1.0, y=self.y, state_out=ssm, **shared
+                )
+            else:
+                options = (True, c.dt_min, c.dt_max, c.n_groups)
+                self.kernels.ssd_update(self.projected, *scan, *options, y=self.y, state_out=ssm, **shared)
+                norm = m.norm.weight
+            self.kernels.out_proj(
+                self.y, norm, products["out_proj"], m.out_proj.bias, hidden, c.norm_eps, c.n_groups, y=other, **shared
+            )
+            hidden, other = other, hidden
+        self.kernels.head(hidden, model.norm_f.weight, model.embedding.weight, c.norm_eps, y=self.logits, **shared)
+        return self.logits
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
+
+
+def chain(model: MambaModel, kernels: Any, batch: int) -> Contender:
+    """From a state of zeros on, in a CUDA graph."""
+    own = Chain(model, kernels, batch)
+    return captured(own.read, torch.zeros(batch, dtype=torch.long, device="cuda"), STEPS, [*own.conv, *own.ssm])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Draws what bench_peers.py and bench_chains.py found: times of a decode step over the least that its bytes take.
+
+    cd samples/results
+    python ../plot_decode.py decode.json chains.json --out decode.svg
+
+Rows that have peers, mamba_ssm's fastest among them. Needs matplotlib (the extra ``plot``).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from bench_worker import OURS
+from peers import STEP
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The picture, .svg or .png.")
+def main(files: tuple[Path, ...], out: Path) -> None:
+    """Draw the rows of FILES."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = bars([row for result in results for row in result["rows"]])
+    if not found:
+        raise click.ClickException("no row of these files has a step of mamba_ssm beside it")
+    draw(found, ", ".join(sorted({result["gpu"] for result in results})), out)
+
+
+def bars(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Of decode rows: how many times the limit ours takes, and the fastest step of mamba_ssm."""
+    found = {}
+    for row in rows:
+        theirs = [us for name, us in row["peers"].items() if name.startswith(STEP)]
+        if theirs and not row["name"].startswith("prompt"):
+            kind, model, batch = row["name"].split("/")[:3]
+            label = f"{model}, {batch.removeprefix('b')} row{'' if batch == 'b1' else 's'}"
+            label += "\n(kernels alone)" if kind == "chain" else "\n(TensorRT engine)"
+            found[label] = (row["value"] / row["limit"], min(theirs) / row["limit"])
+    return found
+
+
+def draw(found: dict[str, tuple[float, float]], gpu: str, out: Path) -> None:
+    """Pairs of bars, one below the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "decode"  # the same file from the same figures
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.8 * len(found)), layout="constrained")
+    for at, (name, colour) in enumerate(((OURS, "tab:blue"), (f"{STEP}, its fastest", "tab:gray"))):
+        places = [place + 0.38 * at for place in range(len(found))]
+        drawn = axes.barh(places, [pair[at] for pair in found.values()], height=0.36, color=colour, label=name)
+        axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([place + 0.19 for place in range(len(found))], list(found))
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.1 * max(max(pair) for pair in found.values()))
+    axes.set_xlabel("time of a decode step over the least that its bytes take")
+    axes.set_title(gpu)
+    axes.legend(loc="lower right")
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main()
