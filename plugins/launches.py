@@ -664,7 +664,7 @@ def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[L
     lanes = max(_ceil(pieces, waves * device.multiprocessors), 4 if 2 * pieces > device.multiprocessors else 1)
     of_row = 4 * (max(_ceil(a.inputs, 4) * 4, _ROW_THREADS) + _ROW_THREADS * 16 // _BYTES[dtype])
     shared = a.batch * (of_row + lanes * (16 // _BYTES[dtype]) * (56 if _BYTES[dtype] == 4 else 44))
-    if shared > device.shared_bytes:
+    if shared + 128 * a.batch > device.shared_bytes:
         return []
     _complete(a, _BYTES[x_dtype])
     name = _kernel("step", "row_kernel", _TYPES[dtype], _TYPES[x_dtype], a.batch)

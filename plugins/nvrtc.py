@@ -31,7 +31,7 @@ _HEADERS = {
         typedef unsigned long uint64_t; typedef unsigned long uintptr_t;""",
 }
 _OPTIONS = ("-std=c++17", "-default-device", "-DMAMBA_KERNELS_ONLY")
-_STATIC_SHARED_LIMIT = 48 << 10
+_FREE_SHARED = 40 << 10  # dynamic bytes that a launch need not ask for, whatever a kernel has besides
 _allowed: dict[int, int] = {}  # bytes of dynamic shared memory by function: setting a smaller number would lower it
 
 
@@ -141,7 +141,7 @@ def _function(context: int, source: str, kernel: str, shared: int, architecture:
     """Of a context, allowed so much dynamic shared memory, or more."""
     driver, _ = _bindings()
     function = _loaded(context, source, kernel, architecture)
-    if shared > _allowed.get(int(function), _STATIC_SHARED_LIMIT):
+    if shared > _allowed.get(int(function), _FREE_SHARED):
         of = driver.CUfunction_attribute
         _driver_call(driver.cuFuncSetAttribute(function, of.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
         _driver_call(driver.cuFuncSetAttribute(function, of.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100))

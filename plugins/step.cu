@@ -55,9 +55,10 @@ int row_lanes(const Linear& a, const Device& device) {
     if (a.batch > kNormRows || a.inputs < (a.outputs > a.inputs ? 1536 : 3072)) return 0;
     const int64_t pieces = ceil_div(a.outputs, kPiece<T>);
     const int64_t waves = ceil_div(pieces, int64_t{kMostLanes} * device.multiprocessors);
-    const int lanes = std::max<int>(ceil_div(pieces, waves * device.multiprocessors), 2 * pieces > device.multiprocessors ? 4 : 1);
-    const int64_t bytes = row_bytes<T>(a.inputs, a.batch, lanes);
-    return bytes <= device.shared_bytes ? lanes : 0;
+    const int least = 2 * pieces > device.multiprocessors ? 4 : 1;
+    const int lanes = std::max<int>(ceil_div(pieces, waves * device.multiprocessors), least);
+    const int squares = 4 * kRowWarps * a.batch;  // which the kernel has besides
+    return row_bytes<T>(a.inputs, a.batch, lanes) + squares <= device.shared_bytes ? lanes : 0;
 }
 
 template <typename T, typename X>
