@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mamba_deploy.errors import PluginError
+from mamba_deploy.versions import release
 
 __all__ = [
     "ARCHITECTURES",
@@ -56,7 +57,7 @@ class Headers(NamedTuple):
 
     @property
     def interface(self) -> Interface:
-        numbers = tuple(int(number) for number in self.version.split(".")[:2])
+        numbers = release(self.version)
         if self.product == "TensorRT-RTX" or numbers >= (10, 0):
             return "v3"
         if (8, 5) <= numbers < (9, 0):

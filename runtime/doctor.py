@@ -23,6 +23,7 @@ from typing import Any
 from mamba_deploy.errors import MambaDeployError, MissingDependencyError
 from mamba_deploy.plugins import build, toolchain
 from mamba_deploy.runtime import trt
+from mamba_deploy.versions import release
 
 __all__ = ["diagnose", "render"]
 
@@ -126,7 +127,7 @@ def _driver() -> dict[str, Any]:
 def _machine_lines(machine: dict[str, Any]) -> list[Line]:
     lines = [_line("system", "ok", "{system} {kernel}, {architecture}, Python {python}".format(**machine))]
     if (jetson := machine["jetson"]) is not None:
-        old = _release(jetson["l4t"] or "36") < (36,)
+        old = release(jetson["l4t"] or "36") < (36,)
         detail = f"{jetson['model']}, L4T {jetson['l4t'] or 'unknown'}, JetPack {jetson['jetpack'] or 'unknown'}"
         detail += "; its TensorRT is too old for the Python runtime" if old else ""
         hint = "take JetPack 6 or newer; this one runs engines through trtexec and C++: mamba-deploy plugin build"
@@ -153,11 +154,6 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ")
 
 
-def _release(version: str | None) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version or "")
-    return tuple(map(int, match[0].split("."))) if match else ()
-
-
 def _installed(distribution: str) -> str:
     """Its version; "" where it is not installed or its metadata cannot be read."""
     with contextlib.suppress(Exception):
@@ -175,7 +171,7 @@ def _quiet() -> Any:
 
 def _judged(name: str, version: str, hint: str) -> Line:
     """A line about what is there: ok if it is new enough."""
-    if version and _release(version) < _release(MINIMUM.get(name)):
+    if version and release(version) < release(MINIMUM.get(name, "")):
         return _line(name, "wrong", f"{version}: {MINIMUM[name]} or newer is needed", hint, version)
     return _line(name, "ok", version or "version unknown", version=version)
 
@@ -222,7 +218,7 @@ def _cpu_lines() -> list[Line]:
         except Exception as error:  # a folder of that name, or what pip left of it
             again = "pip install --force-reinstall onnxruntime"
             line = _line("onnxruntime", "wrong", f"broken: {_first_line(error)}", again, line["version"])
-        if line["version"] and _release(line["version"]) < (1, 26):
+        if line["version"] and release(line["version"]) < (1, 26):
             line["detail"] += "; Mamba-2 is faster from 1.26 on, which needs Python 3.11"
     return [line, _imported("tokenizers", "tokenizers", hint)[0]]
 
@@ -249,7 +245,7 @@ def _engine_lines(machine: dict[str, Any]) -> tuple[list[Line], dict[str, str]]:
     again = f"{path}pip install --force-reinstall --no-cache-dir --no-deps pycuda{first}"
     again = again if machine["cuda"] else "pycuda needs the driver of a GPU"
     lines.append(_imported("pycuda", "pycuda.driver", hint, again)[0])
-    hint = f"pip install 'cuda-bindings=={_release(machine['cuda'])[0]}.*'" if machine["cuda"] else ""
+    hint = f"pip install 'cuda-bindings=={release(machine['cuda'])[0]}.*'" if machine["cuda"] else ""
     line = _imported("cuda-bindings", "cuda.bindings.driver", hint or "pip install cuda-bindings")[0]
     return [*lines, _fitting(line, machine, hint)], labels
 
@@ -278,7 +274,7 @@ def _tensorrt(backend: str, hint: str, arm: bool) -> tuple[Line, str]:
 
 def _fitting(line: Line, machine: dict[str, Any], hint: str) -> Line:
     """The line, or one that says that it is of a newer major version of CUDA than the driver runs."""
-    if line["status"] != "ok" or not machine["cuda"] or _release(line["version"])[:1] <= _release(machine["cuda"])[:1]:
+    if line["status"] != "ok" or not machine["cuda"] or release(line["version"])[:1] <= release(machine["cuda"])[:1]:
         return line
     detail = f"{line['detail']}: too new for this driver, which runs CUDA up to {machine['cuda']}"
     return _line(line["name"], "wrong", detail, hint, line["version"])
@@ -317,7 +313,7 @@ def _plugin_lines(machine: dict[str, Any], labels: dict[str, str]) -> list[Line]
 
 def _nvrtc_line(machine: dict[str, Any]) -> Line:
     name, hint = "Python plugins", "pip install 'mamba-deploy[nvrtc]'"
-    if machine["cuda"] and _release(machine["cuda"]) < (13,):
+    if machine["cuda"] and release(machine["cuda"]) < (13,):
         hint = "pip install 'cuda-bindings==12.*' nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
     line, module = _imported(name, "cuda.bindings.nvrtc", hint, hint)
     if module is None:
@@ -345,7 +341,7 @@ def _summary(machine: dict[str, Any], checks: dict[str, list[Line]], labels: dic
         gpu = [] if rtx else [lines["GPU"]]  # TensorRT-RTX builds without
         builds.append(_verdict([*gpu, *common, lines["onnx"]], f"mamba-deploy build OUT {flag}"))
         gpus = [gpu["compute_capability"] for gpu in machine["gpus"]]
-        refused = rtx and gpus and not any(c in _RTX_GPUS or _release(c) >= (12,) for c in gpus)
+        refused = rtx and gpus and not any(c in _RTX_GPUS or release(c) >= (12,) for c in gpus)
         hint = "pip install 'mamba-deploy[tensorrt]': TensorRT-RTX does not run on this GPU"
         gpu = [_line("GPU", "wrong", "refused by TensorRT-RTX", hint) if refused else lines["GPU"]]
         needs = [*gpu, *common, *(lines[name] for name in ("pycuda", "cuda-bindings", "tokenizers"))]
@@ -370,5 +366,5 @@ def _any_plugin(lines: dict[str, Line], backend: str, label: str) -> Line:
     fits = "headers" in lines and lines["headers"]["detail"].startswith(label.partition(".")[0])
     if library["status"] == "ok" or (backend == "tensorrt" and not tools and fits):
         return _line("library", "ok", "")
-    takes_python = backend == "tensorrt-rtx" or not label or _release(label.partition(" ")[2]) >= (10,)
+    takes_python = backend == "tensorrt-rtx" or not label or release(label.partition(" ")[2]) >= (10,)
     return lines["Python plugins"] if takes_python else (tools or [library])[0]

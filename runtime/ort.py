@@ -18,6 +18,7 @@ from mamba_deploy.contract import Contract, numpy_dtype
 from mamba_deploy.errors import EngineError, MambaDeployError, require
 from mamba_deploy.runtime.ort_state import OrtState
 from mamba_deploy.runtime.state import State
+from mamba_deploy.versions import release
 
 __all__ = ["PROVIDERS", "OrtBackend", "cannot_run", "open_session"]
 
@@ -39,17 +40,13 @@ def cannot_run(graph: str, config: MambaConfig, contract: Contract, provider: st
     version = _onnxruntime(provider).__version__
     if graph == "portable" and contract.dtype == "bfloat16":
         return "ONNX Runtime has no bfloat16 kernels for a CPU"
-    if graph == "lowered" and config.generation == "mamba2" and _release(version) < (1, 26):
+    if graph == "lowered" and config.generation == "mamba2" and release(version) < (1, 26):
         return f"ONNX Runtime {version} lacks LinearAttention, which comes with 1.26"
     return ""
 
 
 def _onnxruntime(provider: str) -> Any:
     return require("onnxruntime", extra="gpu" if provider == "cuda" else "cpu", why="run an ONNX file")
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _prepare_cuda(ort: Any) -> None:

@@ -19,6 +19,7 @@ from mamba_deploy.bundle import ENGINES
 from mamba_deploy.errors import EngineError, MissingDependencyError, PluginError, require
 from mamba_deploy.plugins.build import PRODUCTS, current, plugin_library, sources_hash
 from mamba_deploy.plugins.python_plugin import register
+from mamba_deploy.versions import release
 
 __all__ = ["BACKENDS", "OLDEST", "PluginKind", "TensorRT", "library_in_use", "load", "rtx_folder"]
 
@@ -233,7 +234,7 @@ def load(backend: str) -> TensorRT:
             hint="its libraries must be found: install the wheel with its libraries, or set LD_LIBRARY_PATH",
         ) from error
     found = TensorRT(module, product)
-    if not found.is_rtx and tuple(int(part) for part in found.version.split(".")[:2]) < OLDEST:
+    if not found.is_rtx and release(found.version) < OLDEST:
         raise EngineError(
             f"{found.label} is too old for the Python runtime, which needs 8.6",
             hint="use the plugin library with trtexec or C++ there: mamba-deploy plugin build",

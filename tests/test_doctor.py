@@ -21,6 +21,7 @@ import pytest
 
 from mamba_deploy.plugins import build
 from mamba_deploy.runtime import doctor
+from mamba_deploy.versions import release
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -301,7 +302,7 @@ def test_minimum_versions_are_those_of_pyproject() -> None:
             lowest.setdefault(name.strip(), set()).add(version.strip())
     for name, version in doctor.MINIMUM.items():
         assert version in lowest[name]
-        assert min(map(doctor._release, lowest[name])) == doctor._release(version)
+        assert min(map(release, lowest[name])) == release(version)
 
 
 # --- boards, GPUs, drivers ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ FOLDERS = {
 OUTER = tuple(package for package in FOLDERS if package != "mamba_deploy")
 # What each package may import of ours beside itself. Exporters may use everything.
 OURS_ALLOWED = {
-    "mamba_deploy.plugins": {"mamba_deploy.errors"},
+    "mamba_deploy.plugins": {"mamba_deploy.errors", "mamba_deploy.versions"},
     "mamba_deploy.runtime": {
         "mamba_deploy.bundle",
         "mamba_deploy.config",
@@ -34,6 +34,7 @@ OURS_ALLOWED = {
         "mamba_deploy.errors",
         "mamba_deploy.limits",
         "mamba_deploy.plugins",
+        "mamba_deploy.versions",
     },
 }
 OURS_ALLOWED_LAZILY = {"mamba_deploy.runtime.session": {"mamba_deploy.exporters.reference"}}
