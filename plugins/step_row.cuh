@@ -4,7 +4,7 @@
 // A thread reads 16 bytes of weights at a time, straight into registers. Of weights [inputs, outputs] `lanes` threads side
 // by side read those of an input for the block's outputs, the others those of the next inputs; their sums meet in shared
 // memory. A norm over all inputs is not waited for: x times the norm's weights is multiplied, and the sum divided by the
-// root mean square. How they are read decides; samples/results/step.txt, 12 to 15, has what was measured.
+// root mean square. How they are read decides; samples/results/step.txt, 12 to 16, has what was measured.
 #pragma once
 
 #include "step_linear.cuh"
