@@ -576,7 +576,7 @@ class _Linear(ctypes.Structure):
 
 _STEP = "step_linear.cuh"
 _COLUMNS = 8  # rows of the batch that a tensor core takes at once
-_NORM_ROWS = 2  # that a block of a product norms by itself; one of the head but one
+_NORM_ROWS, _HEAD_NORM_ROWS = 2, 1  # that a block of a product, of the head, norms by itself
 _ROW_THREADS, _MOST_LANES = 1024, 32
 _HEAD_THREADS, _HEAD_OUTPUTS, _HEAD_CHUNK, _HEAD_STAGES = 256, 128, 256, 3  # of a block
 
@@ -634,13 +634,8 @@ def _complete(a: _Linear, x_item: int) -> None:
     a.by_16 = not (a.x_stride * x_item % 16 or a.inputs * x_item % 16 or a.x % 16)
 
 
-def _norm_apart(
-    a: _Linear, dtype: int, x_dtype: int, workspace: int, most: int = _NORM_ROWS
-) -> tuple[list[Launch], int]:
-    """Changes ``a`` to read the norm's result, where that has a kernel of its own; that, and the dtype of x then."""
-    _complete(a, _BYTES[x_dtype])
-    if a.batch <= most or a.norm_weight is None:
-        return [], x_dtype
+def _norm_apart(a: _Linear, dtype: int, x_dtype: int, workspace: int) -> Launch:
+    """The norm in a kernel of its own; changes ``a`` to read what that writes."""
     stride = _ceil(a.inputs, 32) * 32
     a.rows = 1
     shared = _layout_bytes(a, _BYTES[dtype], _BYTES[x_dtype], 0, 0)
@@ -648,34 +643,37 @@ def _norm_apart(
     arguments = (_Linear.from_buffer_copy(a), c_void_p(workspace), c_int32(stride))
     a.x, a.x_stride, a.norm_weight, a.groups = workspace, stride, None, 1
     _complete(a, _BYTES[dtype])
-    return [Launch(_STEP, name, (a.batch,), (256,), shared, arguments)], dtype
+    return Launch(_STEP, name, (a.batch,), (256,), shared, arguments)
 
 
 def _is_wide(a: _Linear, dtype: int, device: Device) -> bool:
-    return bool(_BYTES[dtype] == 2 and a.batch > _COLUMNS and device.major >= 8 and a.norm_weight is None and a.by_16)
+    return bool(_BYTES[dtype] == 2 and a.batch > _COLUMNS and device.major >= 8 and a.by_16)
 
 
 def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[Launch]:
     """Of a row or two and many inputs; else none."""
     if a.batch > _NORM_ROWS or a.inputs < (1536 if a.outputs > a.inputs else 3072):
         return []
-    pieces = _ceil(a.outputs, 16 // _BYTES[dtype])
+    item = _BYTES[dtype]
+    pieces = _ceil(a.outputs, 16 // item)
     waves = _ceil(pieces, _MOST_LANES * device.multiprocessors)
     lanes = max(_ceil(pieces, waves * device.multiprocessors), 4 if 2 * pieces > device.multiprocessors else 1)
-    of_row = 4 * (max(_ceil(a.inputs, 4) * 4, _ROW_THREADS) + _ROW_THREADS * 16 // _BYTES[dtype])
-    shared = a.batch * (of_row + lanes * (16 // _BYTES[dtype]) * (56 if _BYTES[dtype] == 4 else 44))
+    of_row = 4 * (max(_ceil(a.inputs, 4) * 4, _ROW_THREADS) + _ROW_THREADS * 16 // item)
+    shared = a.batch * (of_row + lanes * (16 // item) * (56 if item == 4 else 44))
     if shared + 128 * a.batch > device.shared_bytes:
         return []
-    _complete(a, _BYTES[x_dtype])
     name = _kernel("step", "row_kernel", _TYPES[dtype], _TYPES[x_dtype], a.batch)
     return [Launch("step_row.cuh", name, (_ceil(pieces, lanes),), (_ROW_THREADS,), shared, (a, c_int32(lanes)))]
 
 
 def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
+    _complete(a, _BYTES[x_dtype])
     of_few = _row_product(a, dtype, x_dtype, device)
     if of_few:
         return of_few
-    before, x_dtype = _norm_apart(a, dtype, x_dtype, workspace)
+    before = []
+    if a.batch > _NORM_ROWS and a.norm_weight is not None:
+        before, x_dtype = [_norm_apart(a, dtype, x_dtype, workspace)], dtype
     if _BYTES[dtype] == _BYTES[x_dtype] == 2 and _is_stream(a, device):
         return [*before, _stream(a, dtype, device)]
     item = _BYTES[dtype]
@@ -754,11 +752,12 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
         call.batch, call.width, call.vocab, call.width, 1, eps=call.eps, x=call.hidden, weight=call.weight,
         norm_weight=call.norm_weight, y=call.y,
     )  # fmt: skip
-    if a.batch == 1:
+    _complete(a, 4)
+    if a.batch <= _HEAD_NORM_ROWS:
         threads = 32 * min(_ceil(a.inputs, 512 // _BYTES[call.dtype]), 16)
         name = _kernel("step", "row_head_kernel", _TYPES[call.dtype])
         return [Launch("step_row.cuh", name, (_ceil(a.outputs, 8),), (threads,), 0, (a,))]
-    before, _ = _norm_apart(a, call.dtype, 0, workspace, most=1)
+    norm = _norm_apart(a, call.dtype, 0, workspace)
     columns = 1
     if _is_wide(a, call.dtype, device):
         columns = (
@@ -770,7 +769,7 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
         shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[call.dtype], 0, 0)
     name = _kernel("step", "head_kernel", _TYPES[call.dtype], columns)
     grid = (_ceil(a.outputs, _HEAD_OUTPUTS), _ceil(a.batch, a.rows))
-    return [*before, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
+    return [norm, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
 
 
 def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -803,7 +802,7 @@ def workspace_bytes(op: str, call: Any) -> int:
         floats = _scan_workspace(call)
     elif op == "ssd_scan":
         floats = _ssd_workspace(call)
-    elif op in ("in_proj", "out_proj", "head") and call.batch > (1 if op == "head" else _NORM_ROWS):
+    elif op in ("in_proj", "out_proj", "head") and call.batch > (_HEAD_NORM_ROWS if op == "head" else _NORM_ROWS):
         inputs = call.channels if op == "out_proj" else call.width
         floats = _ceil(call.batch * _ceil(inputs, 32) * 32 * _BYTES[call.dtype], 4)
     return _ceil(4 * floats, 256) * 256

@@ -144,9 +144,7 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
             const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row + from;
             float sum = 0.0f;
             for (int i = lane; i < size; i += 32) sum = fmaf(to_float(given[i]), to_float(given[i]), sum);
-#pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-            const float scale = 1.0f / sqrtf(sum / size + a.norm_eps);
+            const float scale = 1.0f / sqrtf(sum_of_warp(sum) / size + a.norm_eps);
             for (int i = lane; i < size; i += 32) put(r, from + i, from_float<T>(to_float(given[i]) * scale));
         }
     } else {

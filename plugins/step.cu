@@ -26,10 +26,10 @@ cudaError_t start(void (*kernel)(Parameters...), dim3 grid, int threads, size_t 
 
 int padded(int inputs) { return (inputs + 31) / 32 * 32; }
 
-constexpr int kNormRows = 2;  // that a block of a product norms by itself; one of the head but one
+constexpr int kNormRows = 2, kHeadNormRows = 1;  // that a block of a product, of the head, norms by itself
 
-// Of f(x), where it has a kernel of its own.
-size_t norm_bytes(int64_t batch, int32_t inputs, int32_t dtype, int most = kNormRows) {
+// Of f(x), where rows are more than `most` and it has a kernel of its own.
+size_t norm_bytes(int64_t batch, int most, int32_t inputs, int32_t dtype) {
     return batch <= most ? 0 : workspace_bytes(ceil_div(batch * padded(inputs) * item_bytes(dtype), 4));
 }
 
@@ -62,22 +62,18 @@ int row_lanes(const Linear& a, const Device& device) {
 }
 
 template <typename T, typename X>
-cudaError_t row_product(Linear a, int lanes, const Device& device, cudaStream_t stream) {
+cudaError_t row_product(const Linear& a, int lanes, const Device& device, cudaStream_t stream) {
     const dim3 grid(static_cast<unsigned>(ceil_div(ceil_div(a.outputs, kPiece<T>), lanes)));
     const auto run = [&](auto rows) {
         return start(row_kernel<T, X, rows>, grid, 32 * kRowWarps, row_bytes<T>(a.inputs, rows, lanes), device, stream,
-                     complete<X>(a), int(lanes));
+                     Linear(a), int(lanes));
     };
     return a.batch == 1 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 2>{});
 }
 
-// Puts f(x) of more than a few rows into the workspace, where it is a norm: true where that is so.
+// Puts f(x), a norm, into the workspace, where the product then reads it.
 template <typename T, typename X>
-cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStream_t stream, bool& apart,
-                       int most = kNormRows) {
-    a = complete<X>(a);
-    apart = a.batch > most && a.norm_weight != nullptr;
-    if (!apart) return cudaSuccess;
+cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStream_t stream) {
     if (workspace == nullptr) return cudaErrorInvalidValue;
     const int stride = padded(a.inputs);
     a.rows = 1;
@@ -93,7 +89,7 @@ cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStr
 // Whether many rows share the weights of the head: in tensor cores alone.
 template <typename T>
 bool is_wide(const Linear& a, const Device& device) {
-    return sizeof(T) == 2 && a.batch > kColumns && device.major >= 8 && a.norm_weight == nullptr && a.by_16;
+    return sizeof(T) == 2 && a.batch > kColumns && device.major >= 8 && a.by_16;
 }
 
 template <typename T, typename X, int BYTES, int WARPS, bool RING>
@@ -183,10 +179,11 @@ cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
     Device device;
     cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
+    a = complete<X>(a);
     const int lanes = row_lanes<T>(a, device);
     if (lanes > 0) return row_product<T, X>(a, lanes, device, stream);
-    bool apart = false;
-    error = norm_apart<T, X>(a, workspace, device, stream, apart);
+    const bool apart = a.batch > kNormRows && a.norm_weight != nullptr;
+    if (apart) error = norm_apart<T, X>(a, workspace, device, stream);
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
         if ((apart || sizeof(X) == 2) && is_stream(a, device)) return many_rows<T>(a, device, stream);
@@ -247,13 +244,13 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     Linear a{};
     a.batch = c.batch, a.inputs = c.width, a.outputs = c.vocab, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
     a.x = c.hidden, a.weight = c.weight, a.norm_weight = c.norm_weight, a.y = c.y;
-    if (a.batch == 1) {
+    a = complete<float>(a);
+    if (a.batch <= kHeadNormRows) {
         const int64_t warps = std::min<int64_t>(ceil_div(a.inputs, 32 * kPiece<T>), kRowHeadWarps);
         const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, kRowHeadOutputs)));
         return start(row_head_kernel<T>, grid, static_cast<int>(32 * warps), 0, device, stream, Linear(a));
     }
-    bool apart = false;
-    error = norm_apart<T, float>(a, workspace, device, stream, apart, 1);
+    error = norm_apart<T, float>(a, workspace, device, stream);
     if (error != cudaSuccess) return error;
     const auto tiles = static_cast<unsigned>(ceil_div(a.outputs, kHeadWarps * kHeadOutputs));
     const auto grid = [&] { return dim3(tiles, static_cast<unsigned>(ceil_div(a.batch, a.rows))); };
@@ -324,15 +321,15 @@ int with_type(const Call* call, void* workspace, void* stream) {
 }  // namespace mamba
 
 extern "C" size_t mamba_in_proj_workspace(const MambaInProj* c) {
-    return mamba::step::norm_bytes(c->batch, c->width, c->dtype);
+    return mamba::step::norm_bytes(c->batch, mamba::step::kNormRows, c->width, c->dtype);
 }
 extern "C" size_t mamba_x_proj_workspace(const MambaXProj*) { return 0; }
 extern "C" size_t mamba_selective_update_workspace(const MambaSelectiveUpdate*) { return 0; }
 extern "C" size_t mamba_out_proj_workspace(const MambaOutProj* c) {
-    return mamba::step::norm_bytes(c->batch, c->channels, c->dtype);
+    return mamba::step::norm_bytes(c->batch, mamba::step::kNormRows, c->channels, c->dtype);
 }
 extern "C" size_t mamba_head_workspace(const MambaHead* c) {
-    return mamba::step::norm_bytes(c->batch, c->width, c->dtype, 1);
+    return mamba::step::norm_bytes(c->batch, mamba::step::kHeadNormRows, c->width, c->dtype);
 }
 
 extern "C" int mamba_in_proj(const MambaInProj* call, void* workspace, void* stream) {

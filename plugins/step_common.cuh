@@ -24,6 +24,12 @@ __device__ __forceinline__ void let_next_start() {
 // Brings a line to the L2 cache, whoever writes it meanwhile.
 __device__ __forceinline__ void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" : : "l"(line)); }
 
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+    return v;
+}
+
 #ifndef MAMBA_KERNELS_ONLY
 
 // A launch of clusters of `cluster` blocks along x; `early`, where compute capability is 9.0, lets the kernel start early.

@@ -78,8 +78,7 @@ __device__ __forceinline__ void normalize(
                     sum = fmaf(to_float(x[g * size + k]), to_float(x[g * size + k]), sum);
                 }
             }
-#pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+            sum = sum_of_warp(sum);
             if (lane == 0) of_row[g * group_step + own] = sum;
         }
     }

@@ -38,12 +38,6 @@ struct AtOnce {
     static constexpr int kCount = COUNT;
 };
 
-__device__ __forceinline__ float sum_of_warp(float v) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
-    return v;
-}
-
 // x of ROWS rows, the whole batch, in shared memory, in float32, [ROWS, stride]; times the norm's weights, if there are any.
 template <typename X, int ROWS>
 struct RowInputs {
