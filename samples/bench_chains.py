@@ -12,16 +12,15 @@ the limit is. Their logits are compared first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from bench_kernels import calibrate
-from bench_peers import MODELS, admit, counts, gpu_us, make_row, names, table, take_turns, write
+from bench_peers import admit, config_of, counts, gpu_us, make_row, names, table, take_turns, write
 from bench_worker import COMPARED, OURS, random_ids
-from peers import STEP, Contender, captured, load_kernels, missing, peer_step, source_version
+from peers import STEP, Contender, captured, load_kernels, missing, peer_steps, source_version
 from torch import Tensor
 
 from mamba_deploy.config import MambaConfig
@@ -76,41 +75,29 @@ def measure(
     fed = list(torch.tensor(random_ids(model.config.vocab_size, batch, FED)).long().cuda().t().contiguous())
     contender = chain(model, ours, batch)
     logits = [contender.feed(tokens) for tokens in fed][-1][:, :COMPARED].cpu().numpy()
-    builders: dict[str, Callable[[], Contender]] = {
-        f"{STEP}{state}{warps}": functools.partial(peer_step, model, kernels, fed[0], dtype, STEPS)
-        for warps, kernels in theirs.items()
-        for state, dtype in (("", torch.float16), (", float32 state", torch.float32))
-    }
-    peers, notes = admit(builders, fed, logits)
+    peers, notes = admit(peer_steps(model, theirs, fed[0], STEPS), fed, logits)
     times, failed = take_turns(
         {name: functools.partial(gpu_us, given) for name, given in ({OURS: contender} | peers).items()}, turns
     )
     return times, [*notes, *failed]
 
 
-def config_of(name: str) -> MambaConfig:
-    """Of a model of the published sizes."""
-    width, layers = MODELS[name]
-    common = {"d_model": width, "n_layer": layers, "d_inner": 2 * width}
-    if name.startswith("mamba2"):
-        return MambaConfig("mamba2", vocab_size=50288, d_state=128, head_dim=64, **common)
-    return MambaConfig("mamba", vocab_size=50280, d_state=16, dt_rank=width // 16, **common)
-
-
 def random_model(config: MambaConfig, dtype: torch.dtype = torch.float16, device: str = "cuda") -> MambaModel:
-    """Weights as small as trained ones, in dtype but for those that checkpoints keep in float32."""
+    """Weights as small as trained ones, for activations of dtype."""
     torch.manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in MambaModel(config).state_dict().items()}
     with torch.device(device):
-        model = MambaModel(config)
-        for name, weight in model.named_parameters():
-            short = name.split(".")[-1]
-            if short == "A":
-                weight.data = -torch.rand(weight.shape) - 0.5
-            elif short in ("D", "dt_bias") or "norm" in name:
-                weight.data = torch.full(weight.shape, 0.0 if short == "dt_bias" else 1.0)
-            else:
-                weight.data = (0.02 * torch.randn(weight.shape)).to(dtype)
-    return model.eval()
+        return MambaModel.from_weights(config, {name: _random(name, shape) for name, shape in shapes.items()}, dtype)
+
+
+def _random(name: str, shape: torch.Size) -> Tensor:
+    leaf = name.split(".")[-1]
+    if leaf == "A":
+        return -torch.rand(shape) - 0.5
+    if leaf == "dt_bias":
+        return torch.zeros(shape)
+    return torch.ones(shape) if leaf == "D" or "norm" in name else 0.02 * torch.randn(shape)
 
 
 class Chain:

@@ -53,13 +53,14 @@ from peers import (
     load_kernels,
     missing,
     peer_prompt,
-    peer_step,
+    peer_steps,
     projections,
     source_version,
 )
 
 from mamba_deploy.bundle import Bundle
 from mamba_deploy.checkpoint import load_checkpoint
+from mamba_deploy.config import MambaConfig
 from mamba_deploy.limits import Limits
 from mamba_deploy.model import MambaModel
 
@@ -108,14 +109,24 @@ def main(engines: str, bundles: Path, models: list[str], **options: Any) -> None
 # --- models --------------------------------------------------------------------------------------------------------
 
 
+def config_of(name: str) -> MambaConfig:
+    """Of a model of the published sizes."""
+    width, layers = MODELS[name]
+    common = {"d_model": width, "n_layer": layers, "d_inner": 2 * width}
+    if name.startswith("mamba2"):
+        return MambaConfig("mamba2", vocab_size=50288, d_state=128, head_dim=64, **common)
+    return MambaConfig("mamba", vocab_size=50280, d_state=16, dt_rank=width // 16, **common)
+
+
 def model_options(name: str) -> dict[str, Any]:
     """Of the config of transformers: the published sizes, weights as small as trained ones."""
-    width, layers = MODELS[name]
-    common = {"hidden_size": width, "num_hidden_layers": layers, "tie_word_embeddings": True, "initializer_range": 0.02}
-    if not name.startswith("mamba2"):
-        return {**common, "vocab_size": 50280}
-    heads = {"num_heads": 2 * width // 64, "head_dim": 64, "n_groups": 1, "state_size": 128}
-    return {**common, **heads, "vocab_size": 50288}
+    c = config_of(name)
+    common = {"hidden_size": c.d_model, "num_hidden_layers": c.n_layer, "vocab_size": c.vocab_size}
+    common |= {"tie_word_embeddings": True, "initializer_range": 0.02}
+    if c.generation == "mamba":
+        return common
+    heads = {"num_heads": c.n_heads, "head_dim": c.head_dim, "n_groups": c.n_groups, "state_size": c.d_state}
+    return {**common, **heads}
 
 
 def make(name: str, folder: Path) -> tuple[Path, Path]:
@@ -230,11 +241,7 @@ class Model:
         first, steps = random_ids(self.config.vocab_size, batch, 1).tolist(), self.options.steps
         asked = self.ours.ask("logits", ids=first, greedy=FED - 1)
         tokens = [torch.tensor(row).cuda() for row in ([row[0] for row in first], *asked["fed"])]
-        builders: dict[str, Callable[[], Contender]] = {
-            f"{STEP}{state}{warps}": functools.partial(peer_step, self.reference, kernels, tokens[0], dtype, steps)
-            for warps, kernels in self.kernels.items()
-            for state, dtype in (("", torch.float16), (", float32 state", torch.float32))
-        }
+        builders = peer_steps(self.reference, self.kernels, tokens[0], steps)
         if TRANSFORMERS not in self.left_out:
             builders[TRANSFORMERS] = lambda: eager(self.theirs, tokens[0])
         if self.options.with_compile and COMPILED not in self.left_out and self.name.endswith(COMPILED_SIZES):

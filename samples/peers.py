@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -250,6 +250,17 @@ def captured(
 def peer_step(model: MambaModel, kernels: Kernels, tokens: Tensor, state_dtype: torch.dtype, steps: int) -> Contender:
     peer = Peer(model, kernels, len(tokens), state_dtype)
     return captured(peer.read, tokens, steps, [*peer.conv, *peer.ssm])
+
+
+def peer_steps(
+    model: MambaModel, kernels: Mapping[str, Kernels], tokens: Tensor, steps: int
+) -> dict[str, Callable[[], Contender]]:
+    """What makes each step of mamba_ssm, by its name: its kernels with a float16 and with a float32 state."""
+    return {
+        f"{STEP}{state}{warps}": functools.partial(peer_step, model, of, tokens, dtype, steps)
+        for warps, of in kernels.items()
+        for state, dtype in (("", torch.float16), (", float32 state", torch.float32))
+    }
 
 
 def peer_prompt(model: MambaModel, kernels: Kernels, ids: Tensor) -> Contender:

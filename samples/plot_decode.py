@@ -16,6 +16,8 @@ import click
 from bench_worker import OURS
 from peers import STEP
 
+from mamba_deploy.runtime.picture import picture
+
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -44,25 +46,18 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 def draw(found: dict[str, tuple[float, float]], gpu: str, out: Path) -> None:
     """Pairs of bars, one below the other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "decode"  # the same file from the same figures
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.8 * len(found)), layout="constrained")
-    for at, (name, colour) in enumerate(((OURS, "tab:blue"), (f"{STEP}, its fastest", "tab:gray"))):
-        places = [place + 0.38 * at for place in range(len(found))]
-        drawn = axes.barh(places, [pair[at] for pair in found.values()], height=0.36, color=colour, label=name)
-        axes.bar_label(drawn, fmt="%.2f", padding=3)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([place + 0.19 for place in range(len(found))], list(found))
-    axes.invert_yaxis()
-    axes.set_xlim(right=1.1 * max(max(pair) for pair in found.values()))
-    axes.set_xlabel("time of a decode step over the least that its bytes take")
-    axes.set_title(gpu)
-    axes.legend(loc="lower right")
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    kind, size = out.suffix.lower().removeprefix("."), (8, 1.2 + 0.8 * len(found))
+    with picture(out, kind, why="draw decode steps", panels=1, size=size) as (_, axes):
+        for at, (name, colour) in enumerate(((OURS, "tab:blue"), (f"{STEP}, its fastest", "tab:gray"))):
+            places = [place + 0.38 * at for place in range(len(found))]
+            drawn = axes.barh(places, [pair[at] for pair in found.values()], height=0.36, color=colour, label=name)
+            axes.bar_label(drawn, fmt="%.2f", padding=3)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks([place + 0.19 for place in range(len(found))], list(found))
+        axes.invert_yaxis()
+        axes.set_xlim(right=1.1 * max(max(pair) for pair in found.values()))
+        axes.set(xlabel="time of a decode step over the least that its bytes take", title=gpu)
+        axes.legend(loc="lower right")
 
 
 if __name__ == "__main__":
