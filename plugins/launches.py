@@ -578,7 +578,7 @@ _STEP = "step_linear.cuh"
 _COLUMNS = 8  # rows of the batch that a tensor core takes at once
 _NORM_ROWS, _HEAD_NORM_ROWS = 2, 1  # that a block of a product, of the head, norms by itself
 _ROW_THREADS, _MOST_LANES = 1024, 32
-_HEAD_THREADS, _HEAD_OUTPUTS, _HEAD_CHUNK, _HEAD_STAGES = 256, 128, 256, 3  # of a block
+_HEAD_THREADS, _HEAD_OUTPUTS = 256, 128  # of a block
 
 
 def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -646,10 +646,6 @@ def _norm_apart(a: _Linear, dtype: int, x_dtype: int, workspace: int) -> Launch:
     return Launch(_STEP, name, (a.batch,), (256,), shared, arguments)
 
 
-def _is_wide(a: _Linear, dtype: int, device: Device) -> bool:
-    return bool(_BYTES[dtype] == 2 and a.batch > _COLUMNS and device.major >= 8 and a.by_16)
-
-
 def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[Launch]:
     """Of a row or two and many inputs; else none."""
     if a.batch > _NORM_ROWS or a.inputs < (1536 if a.outputs > a.inputs else 3072):
@@ -674,8 +670,8 @@ def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device
     before = []
     if a.batch > _NORM_ROWS and a.norm_weight is not None:
         before, x_dtype = [_norm_apart(a, dtype, x_dtype, workspace)], dtype
-    if _BYTES[dtype] == _BYTES[x_dtype] == 2 and _is_stream(a, device):
-        return [*before, _stream(a, dtype, device)]
+    if _BYTES[x_dtype] == 2 and _is_tile(a, dtype, device):
+        return [*before, _tile(a, dtype, False, device)]
     item = _BYTES[dtype]
     tiles = _ceil(a.outputs, 64 // item)
     some, roomy = 3 * tiles >= device.multiprocessors, device.major >= 8 and device.shared_bytes >= 160 << 10
@@ -691,59 +687,48 @@ def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device
     return [*before, Launch(_STEP, name, grid, (32 * warps,), shared, (a,))]
 
 
-class _Cut(ctypes.Structure):
-    _fields_ = [(n, c_int32) for n in ("split", "along", "share", "part")]
+_TILE_THREADS, _TILE_INPUTS, _MOST_TILES = 512, 64, 5
 
 
-_STREAM_WARPS, _MOST_TILES = 8, 16
-
-
-def _is_stream(a: _Linear, device: Device) -> bool:
-    if device.major < 8 or a.norm_weight is not None or not a.by_16:
+def _is_tile(a: _Linear, dtype: int, device: Device) -> bool:
+    if _BYTES[dtype] != 2 or device.major < 8 or a.norm_weight is not None or not a.by_16 or a.batch <= _NORM_ROWS:
         return False
-    few_outputs = 3 * _ceil(a.outputs, 32) < device.multiprocessors
-    return a.batch > _COLUMNS or (device.major >= 9 and a.batch > _NORM_ROWS and a.inputs >= 3072 and few_outputs)
+    return bool(a.batch > _COLUMNS or a.inputs >= 2048)
 
 
-def _stream(a: _Linear, dtype: int, device: Device) -> Launch:
-    tiles, steps = _ceil(a.outputs, 16), _ceil(a.inputs, 16)
+def _is_together(a: _Linear) -> bool:
+    """Whether 4 neighbouring outputs are read and written together, as all published models allow."""
+    if a.conv_channels > 0 and (a.conv_width != 4 or a.conv_first % 4 or a.conv_channels % 4):
+        return False
+    given = (a.bias, a.residual, a.y, a.conv_weight, a.conv_bias, a.conv_state, a.conv_state_out)
+    return all((address or 0) % 16 == 0 for address in given)
 
-    def each(split: int) -> int:
-        return _ceil(tiles, device.multiprocessors // split)
 
-    split = 1
-    if a.batch > _COLUMNS:
-        while device.major >= 9 and split < 8 and 2 * each(2 * split) <= 3 * _MOST_TILES and steps >= 24 * split:
-            split *= 2
-    else:
-        while split < 8 and steps >= 80 * split:
-            split *= 2
-    groups = min(device.multiprocessors // split * _ceil(each(split), _MOST_TILES), tiles)
-    of_group, along = _ceil(tiles, groups), 1
-    while along < 8 and along < of_group:
-        along *= 2
-    if a.batch <= _COLUMNS:
-        of_warp, columns = 1, 1
-    else:
-        of_warp = 1 if of_group <= along else 2
-        columns = 2 if a.batch <= 2 * _COLUMNS else 4 if a.batch <= 4 * _COLUMNS else 8
-    a.rows = min(a.batch, columns * _COLUMNS)
-    turns, share = _STREAM_WARPS // along, 16 * of_warp * along // split
-    depth = 3 if columns == 8 else 4 if columns == 4 else 12 if of_warp == 1 else 8
-    ring = _STREAM_WARPS * depth * 16 * (32 * of_warp + 16)
-    sums = 8 * _STREAM_WARPS * 16 * of_warp * _ceil(a.rows, 2)
-    whole = _ceil(_ceil(steps, split), turns) * turns
-
-    def part_within(limit: int, least: int) -> int:
-        """Steps of x at once, 0 where none fit."""
-        fits = [p for p in range(whole, 0, -turns) if max(ring + a.rows * (16 * p + 8) * 2, sums) <= limit]
-        return fits[0] if fits and (fits[0] == whole or fits[0] + turns > least) else 0
-
-    part = part_within((device.shared_bytes - 1024) // 2, 4 * _STREAM_WARPS) or part_within(device.shared_bytes, turns)
-    shared = max(ring + a.rows * (16 * part + 8) * 2, sums)
-    name = _kernel("step", "stream_kernel", _TYPES[dtype], of_warp, columns)
-    grid, cut = (groups * split, _ceil(a.batch, a.rows)), _Cut(split, along, share, part)
-    return Launch("step_stream.cuh", name, grid, (32 * _STREAM_WARPS,), shared, (a, cut), split)
+def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
+    """The cut that leaves the fullest multiprocessor the fewest bytes to move."""
+    tiles = 1 if a.batch <= 16 else 2 if a.batch <= 32 else 4
+    rows, turns, stages = 16 * tiles, 2 if tiles == 4 else 4, _ceil(a.inputs, _TILE_INPUTS)
+    most = 1 if of_head or device.major < 9 else 8
+    cuts = []
+    for nt in range(1, _MOST_TILES + 1):
+        outputs = 32 * nt
+        pitch = 2 * _TILE_INPUTS + 16
+        stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
+        shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
+        if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
+            break
+        for split in (1, 2, 4, 8):
+            if split > min(most, stages):
+                break
+            room = device.multiprocessors * (1000 if split == 1 else 1000 - 35 * split) // 1000
+            blocks = _ceil(a.outputs, outputs) * split * _ceil(a.batch, rows)
+            sums = 0 if split == 1 else 4 * turns * rows * outputs
+            moved = _ceil(stages, split) * 2 * _TILE_INPUTS * (outputs + rows) + sums
+            cuts.append((_ceil(blocks, room) * moved, nt, split, shared))
+    _, nt, split, shared = min(cuts)
+    name = _kernel("step", "tile_kernel", _TYPES[dtype], tiles, nt, of_head)
+    grid = (_ceil(a.outputs, 32 * nt) * split, _ceil(a.batch, rows))
+    return Launch("step_tile.cuh", name, grid, (_TILE_THREADS,), shared, (a, c_int32(split)), split)
 
 
 def head(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -758,16 +743,10 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
         name = _kernel("step", "row_head_kernel", _TYPES[call.dtype])
         return [Launch("step_row.cuh", name, (_ceil(a.outputs, 8),), (threads,), 0, (a,))]
     norm = _norm_apart(a, call.dtype, 0, workspace)
-    columns = 1
-    if _is_wide(a, call.dtype, device):
-        columns = (
-            2 if a.batch <= 2 * _COLUMNS else 4 if a.batch <= 4 * _COLUMNS or device.shared_bytes < 104 << 10 else 8
-        )
-        a.rows = columns * _COLUMNS
-        shared = _HEAD_STAGES * a.rows * _shared_stride(_HEAD_CHUNK) * 2
-    else:
-        shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[call.dtype], 0, 0)
-    name = _kernel("step", "head_kernel", _TYPES[call.dtype], columns)
+    if _is_tile(a, call.dtype, device):
+        return [norm, _tile(a, call.dtype, True, device)]
+    shared = _most_rows(a, device, _BYTES[call.dtype], _BYTES[call.dtype], 0, 0)
+    name = _kernel("step", "head_kernel", _TYPES[call.dtype])
     grid = (_ceil(a.outputs, _HEAD_OUTPUTS), _ceil(a.batch, a.rows))
     return [norm, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
 

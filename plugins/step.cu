@@ -4,7 +4,7 @@
 
 #include "selective_update.cuh"
 #include "step_row.cuh"
-#include "step_stream.cuh"
+#include "step_tile.cuh"
 
 namespace mamba {
 namespace step {
@@ -86,12 +86,6 @@ cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStr
     return error;
 }
 
-// Whether many rows share the weights of the head: in tensor cores alone.
-template <typename T>
-bool is_wide(const Linear& a, const Device& device) {
-    return sizeof(T) == 2 && a.batch > kColumns && device.major >= 8 && a.by_16;
-}
-
 template <typename T, typename X, int BYTES, int WARPS, bool RING>
 cudaError_t few_rows(Linear a, const Device& device, cudaStream_t stream) {
     using Own = Product<T, BYTES, WARPS, 1, RING>;
@@ -115,63 +109,76 @@ cudaError_t few_rows(const Linear& a, const Device& device, cudaStream_t stream)
     return ring ? few_rows<T, X, 8, 16, true>(a, device, stream) : few_rows<T, X, 8, 8, false>(a, device, stream);
 }
 
-constexpr int kMostTiles = 16;  // of outputs of a block of stream_kernel
-
-// Whether stream_kernel takes it: many rows, and few outputs of many inputs.
-bool is_stream(const Linear& a, const Device& device) {
-    if (device.major < 8 || a.norm_weight != nullptr || !a.by_16) return false;
-    return a.batch > kColumns || (device.major >= 9 && a.batch > kNormRows && a.inputs >= 3072 &&
-                                  3 * ceil_div(a.outputs, 32) < device.multiprocessors);
-}
-
-template <typename T, int TILES, int COLUMNS>
-cudaError_t stream_rows(Linear a, Cut cut, int groups, const Device& device, cudaStream_t stream) {
-    a.rows = std::min(a.batch, COLUMNS * kColumns);
-    const int turns = kStreamWarps / cut.along, pairs = (a.rows + 1) / 2;
-    const int steps = static_cast<int>(ceil_div(ceil_div(a.inputs, 16), cut.split));
-    cut.share = 16 * TILES * cut.along / cut.split;
-    const int sums = 8 * kStreamWarps * 16 * TILES * pairs;
-    const auto bytes = [&](int part) { return std::max(stream_ring(TILES, COLUMNS) + a.rows * (16 * part + 8) * 2, sums); };
-    // As much of x as there is room for, best beside a block of the next kernel.
-    const auto fit = [&](int limit, int least) {
-        for (cut.part = static_cast<int>(ceil_div(steps, turns)) * turns; bytes(cut.part) > limit; cut.part -= turns) {
-            if (cut.part <= least) return false;
-        }
-        return true;
-    };
-    if (!fit((device.shared_bytes - 1024) / 2, 4 * kStreamWarps) && !fit(device.shared_bytes, turns)) {
-        return cudaErrorInvalidValue;
-    }
-    const dim3 grid(static_cast<unsigned>(groups * cut.split), static_cast<unsigned>(ceil_div(a.batch, a.rows)));
-    return start_clusters(stream_kernel<T, TILES, COLUMNS>, grid, kStreamThreads, bytes(cut.part), cut.split, device, stream,
-                          Linear(a), Cut(cut));
-}
-
+// Whether tile_kernel takes it. Of up to 8 rows and few inputs the other kernels are faster.
 template <typename T>
-cudaError_t many_rows(const Linear& a, const Device& device, cudaStream_t stream) {
-    const int tiles = static_cast<int>(ceil_div(a.outputs, 16)), steps = static_cast<int>(ceil_div(a.inputs, 16));
-    const auto each = [&](int split) { return ceil_div(tiles, device.multiprocessors / split); };
-    Cut cut{};
-    cut.split = 1;
-    if (a.batch > kColumns) {
-        while (device.major >= 9 && cut.split < 8 && 2 * each(2 * cut.split) <= 3 * kMostTiles && steps >= 24 * cut.split) {
-            cut.split *= 2;
-        }
-    } else {
-        while (cut.split < 8 && steps >= 80 * cut.split) cut.split *= 2;
+bool is_tile(const Linear& a, const Device& device) {
+    return sizeof(T) == 2 && device.major >= 8 && a.norm_weight == nullptr && a.by_16 && a.batch > kNormRows &&
+           (a.batch > kColumns || a.inputs >= 2048);
+}
+
+template <int ROW_TILES, bool HEAD, typename Run>
+auto with_tile(int nt, Run&& run) {
+    switch (nt) {
+        case 1: return run(Tile<ROW_TILES, 1, HEAD>{});
+        case 2: return run(Tile<ROW_TILES, 2, HEAD>{});
+        case 3: return run(Tile<ROW_TILES, 3, HEAD>{});
+        case 4: return run(Tile<ROW_TILES, 4, HEAD>{});
+        default: return run(Tile<ROW_TILES, kMostTiles, HEAD>{});
     }
-    const int waves = static_cast<int>(ceil_div(each(cut.split), kMostTiles));
-    const int groups = std::min(device.multiprocessors / cut.split * waves, tiles);
-    const int of_group = static_cast<int>(ceil_div(tiles, groups));
-    for (cut.along = 1; cut.along < 8 && cut.along < of_group;) cut.along *= 2;
-    if (a.batch <= kColumns) return stream_rows<T, 1, 1>(a, cut, groups, device, stream);
-    const auto columns = [&](auto of_warp) {
-        constexpr int kTiles = of_warp;
-        if (a.batch <= 2 * kColumns) return stream_rows<T, kTiles, 2>(a, cut, groups, device, stream);
-        if (a.batch <= 4 * kColumns) return stream_rows<T, kTiles, 4>(a, cut, groups, device, stream);
-        return stream_rows<T, kTiles, 8>(a, cut, groups, device, stream);
-    };
-    return of_group <= cut.along ? columns(std::integral_constant<int, 1>{}) : columns(std::integral_constant<int, 2>{});
+}
+
+struct Cut {
+    int nt = 0, split = 1;  // NT of a tile, and blocks that split its inputs
+};
+
+struct TileSizes {
+    int bytes, rows, outputs, turns;
+};
+
+// The cut that leaves the fullest multiprocessor the fewest bytes to move.
+template <int ROW_TILES, bool HEAD>
+Cut choose_cut(const Linear& a, const Device& device) {
+    const int64_t stages = ceil_div(a.inputs, kTileInputs);
+    const int most = HEAD || device.major < 9 ? 1 : 8;
+    Cut best;
+    int64_t least = 0;
+    for (Cut cut{1, 1}; cut.nt <= kMostTiles; cut.nt++) {
+        const TileSizes own = with_tile<ROW_TILES, HEAD>(cut.nt, [](auto tile) {
+            using Own = decltype(tile);
+            return TileSizes{Own::kBytes, Own::kRows, Own::kOutputs, Own::kTurns};
+        });
+        if (own.bytes > device.shared_bytes || (cut.nt == kMostTiles && !is_together(a))) break;
+        for (cut.split = 1; cut.split <= most && cut.split <= stages; cut.split *= 2) {
+            // A cluster lies in one part of the device, and not all parts can be filled with them.
+            const int64_t room = device.multiprocessors * (cut.split == 1 ? 1000 : 1000 - 35 * cut.split) / 1000;
+            const int64_t blocks = ceil_div(a.outputs, own.outputs) * cut.split * ceil_div(a.batch, own.rows);
+            const int64_t sums = cut.split == 1 ? 0 : 4 * own.turns * own.rows * own.outputs;
+            const int64_t moved = ceil_div(stages, cut.split) * 2 * kTileInputs * (own.outputs + own.rows) + sums;
+            const int64_t cost = ceil_div(blocks, room) * moved;
+            if (best.nt == 0 || cost < least) best = cut, least = cost;
+        }
+    }
+    return best;
+}
+
+template <typename T, int ROW_TILES, bool HEAD>
+cudaError_t tile_rows(const Linear& a, const Device& device, cudaStream_t stream) {
+    const Cut cut = choose_cut<ROW_TILES, HEAD>(a, device);
+    if (cut.nt == 0) return cudaErrorInvalidValue;
+    return with_tile<ROW_TILES, HEAD>(cut.nt, [&](auto tile) {
+        using Own = decltype(tile);
+        const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, Own::kOutputs) * cut.split),
+                        static_cast<unsigned>(ceil_div(a.batch, Own::kRows)));
+        return start_clusters(tile_kernel<T, ROW_TILES, Own::kTiles, HEAD>, grid, kTileThreads, Own::kBytes, cut.split, device,
+                              stream, Linear(a), int(cut.split));
+    });
+}
+
+template <typename T, bool HEAD>
+cudaError_t many_rows(const Linear& a, const Device& device, cudaStream_t stream) {
+    if (a.batch <= 16) return tile_rows<T, 1, HEAD>(a, device, stream);
+    if (a.batch <= 32) return tile_rows<T, 2, HEAD>(a, device, stream);
+    return tile_rows<T, 4, HEAD>(a, device, stream);
 }
 
 template <typename T, typename X>
@@ -186,7 +193,7 @@ cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
     if (apart) error = norm_apart<T, X>(a, workspace, device, stream);
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
-        if ((apart || sizeof(X) == 2) && is_stream(a, device)) return many_rows<T>(a, device, stream);
+        if ((apart || sizeof(X) == 2) && is_tile<T>(a, device)) return many_rows<T, false>(a, device, stream);
     }
     return apart ? few_rows<T, T>(a, device, stream) : few_rows<T, X>(a, device, stream);
 }
@@ -252,26 +259,15 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     }
     error = norm_apart<T, float>(a, workspace, device, stream);
     if (error != cudaSuccess) return error;
-    const auto tiles = static_cast<unsigned>(ceil_div(a.outputs, kHeadWarps * kHeadOutputs));
-    const auto grid = [&] { return dim3(tiles, static_cast<unsigned>(ceil_div(a.batch, a.rows))); };
     if constexpr (sizeof(T) == 2) {
-        if (is_wide<T>(a, device)) {
-            const auto start_wide = [&](auto columns) {
-                a.rows = columns * kColumns;
-                return start(head_kernel<T, columns>, grid(), 32 * kHeadWarps,
-                             kHeadStages * a.rows * shared_stride(kHeadChunk) * sizeof(T), device, stream, Linear(a));
-            };
-            if (a.batch <= 2 * kColumns) return start_wide(std::integral_constant<int, 2>{});
-            if (a.batch <= 4 * kColumns || device.shared_bytes < 104 << 10) {
-                return start_wide(std::integral_constant<int, 4>{});
-            }
-            return start_wide(std::integral_constant<int, 8>{});
-        }
+        if (is_tile<T>(a, device)) return many_rows<T, true>(a, device, stream);
     }
     const auto bytes = [](const Linear& a) { return Layout(a, sizeof(T), sizeof(T), 0, 0).bytes; };
     a.rows = most_rows(a, device, bytes);
     if (a.rows == 0) return cudaErrorInvalidValue;
-    return start(head_kernel<T, 1>, grid(), 32 * kHeadWarps, bytes(a), device, stream, Linear(a));
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, kHeadWarps * kHeadOutputs)),
+                    static_cast<unsigned>(ceil_div(a.batch, a.rows)));
+    return start(head_kernel<T>, grid, 32 * kHeadWarps, bytes(a), device, stream, a);
 }
 
 template <typename T>

@@ -4,8 +4,8 @@
 //
 // Of a row or two of the batch every block finds the norm itself, which costs less than one more kernel; of more, the norm
 // is a kernel of its own. What a norm makes is rounded to T, as it is between operators. Here up to 8 rows of x lie in shared
-// memory whole; of more, step_stream.cuh has the products, and those of the head go through it in chunks. A row or two of
-// many inputs, and the head of one row, are in step_row.cuh.
+// memory whole. A row or two of many inputs, and the head of one row, are in step_row.cuh; many rows, and few of many
+// inputs, in step_tile.cuh.
 #pragma once
 
 #include "step_product.cuh"
@@ -155,52 +155,6 @@ __device__ __forceinline__ SharedX<T> prepare(
     return {x, stride, rows};
 }
 
-// Inputs of the head that many rows read at once, and chunks of them on their way.
-constexpr int kHeadChunk = 256, kHeadStages = 3;
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-
-// A chunk of many rows, x being T and of a multiple of 8 inputs; zeros behind them.
-template <typename T>
-__device__ __forceinline__ void fetch_chunk(const Linear& a, int first, int rows, int chunk, T* to) {
-    constexpr int kUnits = kHeadChunk / 8;  // of 16 bytes
-    for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
-        const int r = i / kUnits, k = chunk * kHeadChunk + i % kUnits * 8;
-        const T* const from = static_cast<const T*>(a.x) + int64_t{first + r} * a.x_stride + (k < a.inputs ? k : 0);
-        copy_async(shared_address(to + r * shared_stride(kHeadChunk) + i % kUnits * 8), from, k < a.inputs ? 16 : 0);
-    }
-}
-
-#endif
-
-// Calls run(x, chunk) for chunks of many rows of x, which go through stages in shared memory.
-template <typename T, typename Run>
-__device__ __forceinline__ void in_chunks(const Linear& a, int first, int rows, T* shared, Run&& run) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    constexpr int kAhead = kHeadStages - 1;
-    const int stride = shared_stride(kHeadChunk), chunks = (a.inputs + kHeadChunk - 1) / kHeadChunk;
-    const int stage = a.rows * stride;
-#pragma unroll
-    for (int c = 0; c < kAhead; c++) {
-        if (c < chunks) fetch_chunk<T>(a, first, rows, c, shared + c * stage);
-        copy_async_commit();
-    }
-    int at = 0;
-#pragma unroll 1
-    for (int c = 0; c < chunks; c++) {
-        copy_async_wait<kAhead - 1>();
-        __syncthreads();
-        if (c + kAhead < chunks) {
-            fetch_chunk<T>(a, first, rows, c + kAhead, shared + (at == 0 ? kAhead : at - 1) * stage);
-        }
-        copy_async_commit();
-        run(SharedX<T>{shared + at * stage, stride, rows}, c);
-        at = at == kAhead ? 0 : at + 1;
-    }
-    __syncthreads();
-#endif
-}
-
 // What is done with the values of an output, in what is the same for all rows.
 template <typename T>
 struct Column {
@@ -339,120 +293,97 @@ constexpr int kHeadOutputs = 16;  // of a warp
 
 // Weights [outputs, inputs], which is a tied embedding; x normed already, y float32. A warp takes 16 outputs, and of each
 // 64 bytes at once.
-template <typename T, int NT>
-__global__ void __launch_bounds__(32 * kHeadWarps, NT > 1 || sizeof(T) == 4 ? 2 : 3) head_kernel(const Linear a) {
+template <typename T>
+__global__ void __launch_bounds__(32 * kHeadWarps, sizeof(T) == 4 ? 2 : 3) head_kernel(const Linear a) {
     extern __shared__ float4 memory[];
-    if constexpr (NT == 1 || kTensorCores<T>) {
-        constexpr int kVec = 16 / sizeof(T), kStep = 4 * kVec, kDepth = NT > 1 ? 4 : 3;
-        constexpr bool kTensor = kTensorCores<T>;
-        char* const shared = reinterpret_cast<char*>(memory);
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        const int first = blockIdx.y * a.rows, rows = min(a.rows, a.batch - first);
-        const int output = (blockIdx.x * kHeadWarps + warp) * kHeadOutputs, whole = a.inputs / kStep;
-        const auto weights = [&](int i) {  // outputs past the end are read as others, in vain
-            return static_cast<const T*>(a.weight) + int64_t{min(output + g + i, a.outputs - 1)} * a.inputs + t * kVec;
-        };
+    constexpr int kVec = 16 / sizeof(T), kStep = 4 * kVec, kDepth = 3;
+    constexpr bool kTensor = kTensorCores<T>;
+    char* const shared = reinterpret_cast<char*>(memory);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int first = blockIdx.y * a.rows, rows = min(a.rows, a.batch - first);
+    const int output = (blockIdx.x * kHeadWarps + warp) * kHeadOutputs, whole = a.inputs / kStep;
+    const auto weights = [&](int i) {  // outputs past the end are read as others, in vain
+        return static_cast<const T*>(a.weight) + int64_t{min(output + g + i, a.outputs - 1)} * a.inputs + t * kVec;
+    };
 
-        uint4 held[kDepth][2];
-        const T* const rows_of[2] = {weights(0), weights(8)};
-        const auto load = [&](uint4 (&to)[2], int step) {
+    uint4 held[kDepth][2];
+    const T* const rows_of[2] = {weights(0), weights(8)};
+    const auto load = [&](uint4 (&to)[2], int step) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) to[i] = load_weights<16>(rows_of[i] + step * kStep);
-        };
+        for (int i = 0; i < 2; i++) to[i] = load_weights<16>(rows_of[i] + step * kStep);
+    };
 #pragma unroll
-        for (int d = 0; d < kDepth; d++) {
-            held[d][0] = held[d][1] = make_uint4(0, 0, 0, 0);
-            if (d < whole) load(held[d], d);
-        }
-        let_next_start();
-        wait_for_previous();
+    for (int d = 0; d < kDepth; d++) {
+        held[d][0] = held[d][1] = make_uint4(0, 0, 0, 0);
+        if (d < whole) load(held[d], d);
+    }
+    let_next_start();
+    wait_for_previous();
 
-        float sums[kTensor ? NT : kColumns][kTensor ? 4 : 2] = {};
-        const auto multiply = [&](const uint4 (&now)[2], const SharedX<T>& x, int k) {
-            if constexpr (kTensor) {
-                const uint32_t a0[4] = {now[0].x, now[1].x, now[0].y, now[1].y};
-                const uint32_t a1[4] = {now[0].z, now[1].z, now[0].w, now[1].w};
-#pragma unroll
-                for (int j = 0; j < NT; j++) {
-                    const int row = g + kColumns * j;
-                    uint4 v = make_uint4(0, 0, 0, 0);
-                    if (row < rows) v = *reinterpret_cast<const uint4*>(x.values + row * x.stride + k);
-                    multiply_add<T>(sums[j], a0, v.x, v.y);
-                    multiply_add<T>(sums[j], a1, v.z, v.w);
-                }
-            } else {
-                T w[2][kVec];
-                memcpy(w, now, sizeof(w));
-#pragma unroll
-                for (int r = 0; r < kColumns; r++) {
-                    if (r >= rows) break;
-#pragma unroll
-                    for (int i = 0; i < kVec; i++) {
-                        const float v = x.one(r, k + i);
-                        sums[r][0] = fmaf(v, to_float(w[0][i]), sums[r][0]);
-                        sums[r][1] = fmaf(v, to_float(w[1][i]), sums[r][1]);
-                    }
-                }
-            }
-        };
-        const auto finish = [&](const SharedX<T>& x, int first_step) {  // inputs that are no whole step
-            if (a.inputs % kStep == 0) return;
-            uint4 last[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-            if (whole * kStep + t * kVec < a.inputs) load(last, whole);
-            multiply(last, x, (whole - first_step) * kStep + t * kVec);
-        };
-        if constexpr (NT == 1) {
-            const Layout layout(a, sizeof(T), sizeof(T), 0, 0);
-            const SharedX<T> x = prepare<T, T, kHeadWarps>(a, layout, shared, nullptr, first, rows);
-            int from = 0;
-#pragma unroll 1
-            for (; from + 2 * kDepth - 1 < whole; from += kDepth) {
-#pragma unroll
-                for (int d = 0; d < kDepth; d++) {
-                    multiply(held[d], x, (from + d) * kStep + t * kVec);
-                    load(held[d], from + d + kDepth);
-                }
-            }
-#pragma unroll 1
-            for (; from < whole; from += kDepth) {
-#pragma unroll
-                for (int d = 0; d < kDepth; d++) {
-                    if (from + d < whole) multiply(held[d], x, (from + d) * kStep + t * kVec);
-                    if (from + d + kDepth < whole) load(held[d], from + d + kDepth);
-                }
-            }
-            finish(x, 0);
-        } else {
-            in_chunks<T>(a, first, rows, reinterpret_cast<T*>(shared), [&](const SharedX<T>& x, int chunk) {
-                constexpr int kSteps = kHeadChunk / kStep;
-#pragma unroll
-                for (int i = 0; i < kSteps; i++) {
-                    if (chunk * kSteps + i < whole) multiply(held[i % kDepth], x, i * kStep + t * kVec);
-                    if (chunk * kSteps + i + kDepth < whole) load(held[i % kDepth], chunk * kSteps + i + kDepth);
-                }
-                if (whole / kSteps == chunk) finish(x, chunk * kSteps);
-            });
-        }
-        const auto put = [&](int row, int i, float v) {
-            const int m = output + g + 8 * i;
-            if (row < rows && m < a.outputs) static_cast<float*>(a.y)[int64_t{first + row} * a.outputs + m] = v;
-        };
+    float sums[kTensor ? 1 : kColumns][kTensor ? 4 : 2] = {};
+    const auto multiply = [&](const uint4 (&now)[2], const SharedX<T>& x, int k) {
         if constexpr (kTensor) {
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) put(kColumns * j + 2 * t + i % 2, i / 2, sums[j][i]);
-            }
+            const uint32_t a0[4] = {now[0].x, now[1].x, now[0].y, now[1].y};
+            const uint32_t a1[4] = {now[0].z, now[1].z, now[0].w, now[1].w};
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (g < rows) v = *reinterpret_cast<const uint4*>(x.values + g * x.stride + k);
+            multiply_add<T>(sums[0], a0, v.x, v.y);
+            multiply_add<T>(sums[0], a1, v.z, v.w);
         } else {
+            T w[2][kVec];
+            memcpy(w, now, sizeof(w));
 #pragma unroll
             for (int r = 0; r < kColumns; r++) {
+                if (r >= rows) break;
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    float v = sums[r][i];
-                    v += __shfl_xor_sync(~0u, v, 1);
-                    v += __shfl_xor_sync(~0u, v, 2);
-                    if (t == 0) put(r, i, v);
+                for (int i = 0; i < kVec; i++) {
+                    const float v = x.one(r, k + i);
+                    sums[r][0] = fmaf(v, to_float(w[0][i]), sums[r][0]);
+                    sums[r][1] = fmaf(v, to_float(w[1][i]), sums[r][1]);
                 }
+            }
+        }
+    };
+    const Layout layout(a, sizeof(T), sizeof(T), 0, 0);
+    const SharedX<T> x = prepare<T, T, kHeadWarps>(a, layout, shared, nullptr, first, rows);
+    int from = 0;
+#pragma unroll 1
+    for (; from + 2 * kDepth - 1 < whole; from += kDepth) {
+#pragma unroll
+        for (int d = 0; d < kDepth; d++) {
+            multiply(held[d], x, (from + d) * kStep + t * kVec);
+            load(held[d], from + d + kDepth);
+        }
+    }
+#pragma unroll 1
+    for (; from < whole; from += kDepth) {
+#pragma unroll
+        for (int d = 0; d < kDepth; d++) {
+            if (from + d < whole) multiply(held[d], x, (from + d) * kStep + t * kVec);
+            if (from + d + kDepth < whole) load(held[d], from + d + kDepth);
+        }
+    }
+    if (a.inputs % kStep != 0) {  // inputs that are no whole step
+        uint4 last[2] = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
+        if (whole * kStep + t * kVec < a.inputs) load(last, whole);
+        multiply(last, x, whole * kStep + t * kVec);
+    }
+    const auto put = [&](int row, int i, float v) {
+        const int m = output + g + 8 * i;
+        if (row < rows && m < a.outputs) static_cast<float*>(a.y)[int64_t{first + row} * a.outputs + m] = v;
+    };
+    if constexpr (kTensor) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) put(2 * t + i % 2, i / 2, sums[0][i]);
+    } else {
+#pragma unroll
+        for (int r = 0; r < kColumns; r++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float v = sums[r][i];
+                v += __shfl_xor_sync(~0u, v, 1);
+                v += __shfl_xor_sync(~0u, v, 2);
+                if (t == 0) put(r, i, v);
             }
         }
     }

@@ -219,19 +219,22 @@ def test_a_row_or_two_of_many_inputs(op: str, case: dict[str, Any], T: torch.dty
     assert found[0].isfinite().all()
 
 
-MANY = [  # products that clusters of blocks share, the last two with x in parts
+MANY = [  # products in tiles, of which clusters of blocks split the inputs; the last two of odd sizes
     ("in_proj", {"d": 2048, "M": 8192, "C": 4096, "first": 0}),
     ("out_proj", {"D": 5120, "d": 2560}),
     ("x_proj", {"D": 5120, "E": 192}),
     ("in_proj", {"d": 4096, "M": 18560, "C": 10240, "first": 8192, "bias": True}),
     ("out_proj", {"D": 16384, "d": 4096, "G": 8}),
+    ("head", {"d": 2560, "V": 50280}),
+    ("in_proj", {"d": 2056, "M": 1032, "C": 513, "first": 7, "K": 3}),
+    ("head", {"d": 2056, "V": 1003}),
 ]
 
 
 @pytest.mark.parametrize("T", [F16, BF16], ids=str)
 @pytest.mark.parametrize(("op", "case"), MANY, ids=str)
 def test_more_rows_of_published_sizes(op: str, case: dict[str, Any], T: torch.dtype) -> None:
-    for B in (9, 32, 64):
+    for B in (3, 9, 32, 67):
         args = ARGUMENTS[op](Draw(T, B, seed=B), **case)
         check(launch(op, args), op, args, T)
 
