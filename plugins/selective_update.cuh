@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     const int of_block = threadIdx.x / kUpdateLanes, share = threadIdx.x % kUpdateLanes;
     const bool exists = first + of_block < D, whole = N == 16;
     const int c = min(first + of_block, D - 1);
-    if (a.D != nullptr) prefetch(a.D + c);
-    if (a.dt_bias != nullptr) prefetch(a.dt_bias + c);
+    const float bias = a.dt_bias != nullptr ? __ldg(a.dt_bias + c) : 0.0f, skip = a.D != nullptr ? __ldg(a.D + c) : 0.0f;
     const float* const A = a.A + int64_t{c} * N;
     const auto state_of = [&](int r) { return (int64_t{b0 + r} * D + c) * N; };
     float rates[4];
@@ -160,20 +159,13 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
         for (int r = 0; r < rows; r++) low[r * stride + i] = from_float<T>(0.0f);
     }
     __syncthreads();
-    // Delta of which channel this thread finishes: of one, for threads are a multiple of channels.
-    const int own = first + static_cast<int>(threadIdx.x) % kChannels;
-    const float bias = a.dt_bias != nullptr && own < D ? __ldg(a.dt_bias + own) : 0.0f;
     product.run(step::SharedX<T>{low, stride, rows});
     product.put(sums, rows);
     __syncthreads();
-    const float skip = a.D != nullptr ? __ldg(a.D + c) : 0.0f;
-    for (int i = threadIdx.x; i < rows * kChannels; i += 32 * kWarps) {  // in the place of the first warp's sums
-        sums[i] = softplus(to_float(from_float<T>(Own::sum(sums, rows, i))) + bias);
-    }
-    __syncthreads();
 
     const auto update = [&](UpdateRow<T>& of, int r) {
-        const float delta = sums[r * kChannels + of_block], x = to_float(of.x), drive = delta * x;
+        const float dt = to_float(from_float<T>(Own::sum(sums, rows, r * kChannels + of_block)));
+        const float delta = softplus(dt + bias), x = to_float(of.x), drive = delta * x;
         const float *const B = states + r * 2 * N, *const C = B + N;
         float y = 0.0f;
         if (whole) {
