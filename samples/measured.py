@@ -55,7 +55,9 @@ def write(
 
 
 def _nvidia(what: str) -> str:
-    return output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
+    """Of the first GPU that this process sees."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    return output(["nvidia-smi", f"--id={first}", f"--query-gpu={what}", "--format=csv,noheader"])
 
 
 def _commit() -> str:

@@ -1,13 +1,12 @@
 """TensorRT runs the plugins: a network of each operator alone against the float64 recurrence, the state in one buffer
 and in two, eager and from a CUDA graph.
 
-Needs tensorrt, pycuda and cuda-bindings, not torch: 8.6's Python is 3.10. MAMBA_DEPLOY_TEST_PLUGIN names a plugin
-library for this TensorRT; else it is built, for which headers must be found.
+Needs tensorrt, pycuda and cuda-bindings, not torch: 8.6's Python is 3.10. The plugin library is what the runtime takes:
+MAMBA_DEPLOY_PLUGIN's, else one that is built, for which headers must be found.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,12 +55,10 @@ def device() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def registry(device: Any) -> Any:
     """TensorRT's registry with our plugins in it."""
-    from mamba_deploy.plugins import build
+    from mamba_deploy.runtime.trt import load
 
-    path = os.environ.get("MAMBA_DEPLOY_TEST_PLUGIN") or build.plugin_library(f"TensorRT {trt.__version__}")
-    found = trt.get_plugin_registry()
-    assert found.load_library(str(path)), LOG.errors
-    return found
+    load("tensorrt").load_plugins("library")  # once a process, whatever other tests did before
+    return trt.get_plugin_registry()
 
 
 # --- a network of one operator -----------------------------------------------------------------------------------
