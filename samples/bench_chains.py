@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -37,6 +37,9 @@ FED, STEPS = 3, 50  # tokens before logits are compared; replays of a turn
 @click.option("--mamba-ssm", type=click.Path(exists=True, path_type=Path), help="Its unpacked source distribution.")
 @click.option("--models", default="mamba-1.4b,mamba-2.8b,mamba2-1.3b,mamba2-2.7b", show_default=True, callback=names)
 @click.option("--batch", "batches", default="1,8,64", show_default=True, callback=counts, help="Rows.")
+@click.option(
+    "--state-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Ours."
+)
 @click.option("--turns", default=5, show_default=True, help="Of each contender.")
 @click.option("--write", "target", type=click.Path(path_type=Path), help="Write the results as JSON, or into these.")
 def main(
@@ -44,6 +47,7 @@ def main(
     mamba_ssm: Path | None,
     models: list[str],
     batches: list[int],
+    state_dtype: Literal["float32", "float16"],
     turns: int,
     target: Path | None,
 ) -> None:
@@ -59,9 +63,11 @@ def main(
     for name in models:
         model = random_model(config_of(name))
         for batch in batches:
-            times, notes = measure(model, ours, theirs, batch, turns)
-            limits = Limits.of(model.config, Contract.of(model.config, dtype="float16"), batch=batch)
-            rows.append(make_row(f"chain/{name}/b{batch}", times, notes, limits, machine))
+            times, notes = measure(model, ours, theirs, batch, turns, getattr(torch, state_dtype))
+            contract = Contract.of(model.config, dtype="float16", state_dtype=state_dtype)
+            limits = Limits.of(model.config, contract, batch=batch)
+            row = f"chain/{name}/b{batch}" + ("" if state_dtype == "float32" else f"/{state_dtype} state")
+            rows.append(make_row(row, times, notes, limits, machine))
             click.echo(table(rows[-1]))
             if target is not None:
                 write(target, rows, machine.text, versions)
@@ -69,11 +75,11 @@ def main(
 
 
 def measure(
-    model: MambaModel, ours: Any, theirs: dict[str, Any], batch: int, turns: int
+    model: MambaModel, ours: Any, theirs: dict[str, Any], batch: int, turns: int, state_dtype: torch.dtype
 ) -> tuple[dict[str, float], list[str]]:
     """Microseconds of each contender, and who is left out."""
     fed = list(torch.tensor(random_ids(model.config.vocab_size, batch, FED)).long().cuda().t().contiguous())
-    contender = chain(model, ours, batch)
+    contender = chain(model, ours, batch, state_dtype)
     logits = [contender.feed(tokens) for tokens in fed][-1][:, :COMPARED].cpu().numpy()
     peers, notes = admit(peer_steps(model, theirs, fed[0], STEPS), fed, logits)
     times, failed = take_turns(
@@ -103,7 +109,7 @@ def _random(name: str, shape: torch.Size) -> Tensor:
 class Chain:
     """Our kernels over the weights of the reference, as our files store them, beside a state."""
 
-    def __init__(self, model: MambaModel, kernels: Any, batch: int) -> None:
+    def __init__(self, model: MambaModel, kernels: Any, batch: int, state_dtype: torch.dtype = torch.float32) -> None:
         c, weight = model.config, model.embedding.weight
         self.config, self.model, self.kernels = c, model, kernels
         new = functools.partial(torch.zeros, device=weight.device)
@@ -112,7 +118,7 @@ class Chain:
             {name: getattr(layer.mixer, name).weight.t().contiguous() for name in products} for layer in model.layers
         ]
         self.conv = [new(batch, *c.conv_state_shape, dtype=weight.dtype) for _ in model.layers]
-        self.ssm = [new(batch, *c.ssm_state_shape) for _ in model.layers]
+        self.ssm = [new(batch, *c.ssm_state_shape, dtype=state_dtype) for _ in model.layers]
         self.lengths = new(batch, dtype=torch.int32) + 1
         self.streams = [new(batch, 1, c.d_model) for _ in range(2)]  # the residual one, in turns
         self.projected = new(batch, 1, self.products[0]["in_proj"].shape[1], dtype=weight.dtype)
@@ -157,9 +163,9 @@ def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
 
 
-def chain(model: MambaModel, kernels: Any, batch: int) -> Contender:
+def chain(model: MambaModel, kernels: Any, batch: int, state_dtype: torch.dtype) -> Contender:
     """From a state of zeros on, in a CUDA graph."""
-    own = Chain(model, kernels, batch)
+    own = Chain(model, kernels, batch, state_dtype)
     return captured(own.read, torch.zeros(batch, dtype=torch.long, device="cuda"), STEPS, [*own.conv, *own.ssm])
 
 

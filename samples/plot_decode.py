@@ -37,8 +37,8 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     for row in rows:
         theirs = [us for name, us in row["peers"].items() if name.startswith(STEP)]
         if theirs and not row["name"].startswith("prompt"):
-            kind, model, batch = row["name"].split("/")[:3]
-            label = f"{model}, {batch.removeprefix('b')} row{'' if batch == 'b1' else 's'}"
+            kind, model, batch, *state = row["name"].split("/")
+            label = ", ".join([model, f"{batch.removeprefix('b')} row{'' if batch == 'b1' else 's'}", *state])
             label += "\n(kernels alone)" if kind == "chain" else "\n(TensorRT engine)"
             found[label] = (row["value"] / row["limit"], min(theirs) / row["limit"])
     return found

@@ -76,17 +76,21 @@ def test_the_picture_is_of_the_rows_with_peers(sample: Any, tmp_path: Path) -> N
     rows = [
         {"name": "decode/mamba-130m/b1", "value": 20.0, "limit": 10.0, "peers": {step: 50.0, f"{step}, 1 warp": 40.0}},
         {"name": "chain/mamba-2.8b/b64", "value": 30.0, "limit": 10.0, "peers": {step: 10.0, "transformers": 5.0}},
+        {"name": "chain/mamba-2.8b/b64/float16 state", "value": 15.0, "limit": 10.0, "peers": {step: 10.0}},
         {"name": "decode/mamba-130m/b8", "value": 20.0, "limit": 10.0, "peers": {}},
         {"name": "prompt/mamba2-130m/b1/l2048", "value": 20.0, "limit": 10.0, "peers": {step: 50.0}},
     ]
-    engine, kernels = "mamba-130m, 1 row\n(TensorRT engine)", "mamba-2.8b, 64 rows\n(kernels alone)"
-    assert plot.bars(rows) == {engine: (2.0, 4.0), kernels: (3.0, 1.0)}
+    assert plot.bars(rows) == {
+        "mamba-130m, 1 row\n(TensorRT engine)": (2.0, 4.0),
+        "mamba-2.8b, 64 rows\n(kernels alone)": (3.0, 1.0),
+        "mamba-2.8b, 64 rows, float16 state\n(kernels alone)": (1.5, 1.0),
+    }
     (tmp_path / "a.json").write_text(json.dumps({"gpu": "a GPU", "rows": rows}), encoding="utf-8")
     for name in ("a.svg", "a.png"):
         done = CliRunner().invoke(plot.main, [str(tmp_path / "a.json"), "--out", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         assert (tmp_path / name).stat().st_size > 1000
-    (tmp_path / "b.json").write_text(json.dumps({"gpu": "a GPU", "rows": rows[2:]}), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({"gpu": "a GPU", "rows": rows[3:]}), encoding="utf-8")
     done = CliRunner().invoke(plot.main, [str(tmp_path / "b.json"), "--out", str(tmp_path / "b.svg")])
     assert done.exit_code == 1
     assert "mamba_ssm" in done.output
