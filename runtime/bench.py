@@ -174,8 +174,8 @@ def bench(
             say(f"measuring a prompt of {length} {'token' if length == 1 else 'tokens'}")
             prompt.append(_prompt(session, length, plan, machine, random))
         taken = None if free is None else free - (_free_bytes(device) or 0)
-        name = session.backend.name
-    return Report(name, machine, plan, decode, prompt, _versions(), taken, engine)
+        name, memory = session.backend.name, getattr(session.backend, "memory", {})
+    return Report(name, machine, plan, decode, prompt, _versions(), taken, engine, memory)
 
 
 def _free_bytes(device: Device | None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,9 @@ class Report:
     versions: Mapping[str, str]
     gpu_memory_bytes: int | None = None  # that the session took, CUDA's own context not counted
     engine: Mapping[str, Any] | None = None  # of engine_facts
+    gpu_memory: Mapping[str, int] = field(
+        default_factory=dict
+    )  # bytes of it that the session asked for, by what they hold
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
@@ -109,6 +112,7 @@ class Report:
             "tflops": self.plan.tflops,
             "versions": dict(self.versions),
             "gpu_memory_bytes": self.gpu_memory_bytes,
+            "gpu_memory": dict(self.gpu_memory),
             "engine": self.engine,
             "decode": [row.to_dict() for row in self.decode],
             "prompt": [row.to_dict() for row in self.prompt],
@@ -126,6 +130,11 @@ class Report:
             facts["engine"] = f"{engine['bytes'] / 1e6:.1f} MB{beside}, {share}, built in {engine['build_seconds']} s"
         if self.gpu_memory_bytes is not None:
             facts["GPU memory"] = f"{self.gpu_memory_bytes / 1e6:.1f} MB taken by the session"
+            known = sorted(((nbytes, what) for what, nbytes in self.gpu_memory.items()), reverse=True)
+            parts = [f"{what} {nbytes / 1e6:.1f}" for nbytes, what in known if nbytes >= 1e5]
+            if parts:
+                other = self.gpu_memory_bytes - sum(self.gpu_memory.values())
+                facts["  of it"] = ", ".join([*parts, f"other (kernels, TensorRT) {other / 1e6:.1f}"])
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         width = max(len(name) for name in facts)
         lines = [self.backend, *(f"  {name:<{width}}  {value}" for name, value in facts.items())]

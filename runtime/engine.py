@@ -88,6 +88,7 @@ class TensorRTBackend:
             stack.callback(self.device.close)
             _check_fits(bundle, facts, trt, self.device)
             self._memories: list[Memory] = []
+            self.memory: dict[str, int] = {}  # bytes taken on the GPU, by what they hold
             stack.callback(self._release)
             with self.device:
                 self._open(bundle, backend, facts, trt, engine)
@@ -119,6 +120,7 @@ class TensorRTBackend:
 
         def allocate(nbytes: int, what: str) -> Memory:
             self._memories.append(self.device.allocate(nbytes, what))
+            self.memory[what] = nbytes
             return self._memories[-1]
 
         contract, V = self._contract, next(s for s in self._contract.outputs if s.role == "logits").axes[-1]

@@ -426,8 +426,8 @@ def test_memory_is_what_the_session_took(on_gpu: OnGpu, path: Path, monkeypatch:
 
     monkeypatch.setattr(module, "_prompt", see)
     report = on_gpu(Plan(batches=(1,), prompts=(1, 2)))
-    assert taken[0] == taken[1] == report.gpu_memory_bytes
-    assert report.gpu_memory_bytes
+    assert taken[0] == taken[1] == report.gpu_memory_bytes == sum(report.gpu_memory.values())
+    assert report.gpu_memory["the state of 8 rows"] == report.gpu_memory["the copy of the state"] > 0
 
 
 def test_more_rows_than_the_engine_takes(on_gpu: OnGpu) -> None:
@@ -604,10 +604,12 @@ def toy_report(**options: Any) -> Report:
 
 
 def test_the_table() -> None:
-    assert toy_report(gpu_memory_bytes=1_500_000).table().splitlines() == [
+    memory = {"token ids": 64, "the state of 8 rows": 250_000, "the weights": 1_000_000}
+    assert toy_report(gpu_memory_bytes=1_500_000, gpu_memory=memory).table().splitlines() == [
         "toy 1.0",
         "  toy         a copy reaches 1.0 GB/s, read and written",
         "  GPU memory  1.5 MB taken by the session",
+        "    of it     the weights 1.0, the state of 8 rows 0.2, other (kernels, TensorRT) 0.2",
         "  versions    mamba-deploy 0.1",
         "decode, a step of all rows",
         "  rows    figure      ms     p95  tokens/s     MB  GB/s  limit ms  of limit  kernels",
@@ -768,6 +770,6 @@ def test_the_command_on_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     facts = facts_of(command(path, "--backend", "tensorrt", *QUICK, "--json"))
     assert facts["machine"] == "Fake GPU"
     assert facts["engine"]["build_seconds"] == 1.5
-    assert facts["gpu_memory_bytes"] > 0
+    assert facts["gpu_memory_bytes"] == sum(facts["gpu_memory"].values()) > 0
     assert [row["kernels"] for row in facts["decode"]] == [2, 2]
     assert len(closed) == 2

@@ -451,6 +451,9 @@ def test_memory_on_the_gpu(built: Any, record_property: Record, name: str) -> No
         session.prefill([[1, 2, 3]])
         session.step([1])
         taken = before - free_bytes()
+        for what, nbytes in session.backend.memory.items():
+            if nbytes > 1e6:
+                record_property(f"engine/{name}/gpu_memory, {what} [MB]", nbytes / 1e6)
     record_property(
         f"engine/{name}/gpu_memory [share of the weights]", taken / bundle.manifest["files"][WEIGHTS]["bytes"]
     )
