@@ -1,0 +1,266 @@
+"""Launches of ``ssd_scan.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_int64, c_uint32, c_void_p
+from typing import Any, NamedTuple
+
+from mamba_deploy.plugins.launches_common import (
+    BYTES,
+    PAD_TOKENS,
+    TYPES,
+    Copy,
+    are_aligned,
+    ceil_div,
+    kernel_name,
+    pad_launch,
+    padded,
+)
+from mamba_deploy.plugins.nvrtc import Device, Launch
+
+__all__ = ["ssd_scan", "ssd_update", "workspace_floats"]
+
+
+def ssd_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``ssd_scan.cu``: call is its struct, workspace an address."""
+    if call.length > 1:
+        return _ssd_prompt(call, workspace, device)
+    channels, group_row = call.heads * call.head_dim, call.groups * call.state_size
+    return [_ssd_step(call, _Places(call.x, call.B, call.C, call.dt, None, channels, group_row, call.heads, 0))]
+
+
+def ssd_update(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``ssd_scan.cu``: call is its struct; workspace is not used."""
+    from mamba_deploy.plugins.kernels import MambaSsdScan
+
+    item, channels, states = BYTES[call.dtype], call.heads * call.head_dim, call.groups * call.state_size
+    x = call.projected + channels * item
+    B, C = x + channels * item, x + (channels + states) * item
+    at = _Places(x, B, C, C + states * item, call.projected, *4 * [2 * channels + 2 * states + call.heads])
+    scan = MambaSsdScan(batch=call.batch, length=1, x=x, dt=at.dt, B=B, C=C)
+    for name in "heads head_dim state_size groups dtype state_dtype dt_softplus skip_per_channel dt_min dt_max".split():
+        setattr(scan, name, getattr(call, name))
+    for name in "A D dt_bias ssm_state seq_lens y ssm_state_out".split():
+        setattr(scan, name, getattr(call, name))
+    return [_ssd_step(scan, at)]
+
+
+class _Places(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "B", "C", "dt", "z")),
+        *((name, c_int64) for name in ("x_row", "group_row", "dt_row", "z_row")),
+    ]
+
+
+def _ssd_step(call: Any, at: _Places) -> Launch:
+    N, item = call.state_size, BYTES[call.state_dtype]
+    vec, iterations = 16 // item, 1
+    if N % vec == 0 and are_aligned(call, "ssm_state ssm_state_out B C", 16):
+        lanes = next((n for n in (4, 8, 16, 32) if n * vec >= N), 32)
+        iterations = 2 if item == 4 and N > 128 else 1
+    else:
+        vec = 1
+        most = ((32, 8, 4), (64, 16, 4), (128, 32, 4), (256, 32, 8))
+        _, lanes, iterations = next(shape for shape in most if shape[0] >= N)
+    rows = call.batch * call.heads * call.head_dim
+    sets, warps = (4, 2) if rows * N * item >= 64 << 20 else (2, 8)
+    warp_rows = sets * 32 // lanes
+    small = rows <= 2**31 - 1
+    by = _StepDivisors(
+        _divisor(max(call.head_dim // warp_rows, 1)), _divisor(call.head_dim), _divisor(call.heads),
+        _divisor(call.heads // call.groups), small,
+    )  # fmt: skip
+    uniform = small and call.head_dim % warp_rows == 0
+    types = (TYPES[call.dtype], TYPES[call.state_dtype])
+    name = kernel_name("ssd", "step_kernel", *types, vec, lanes, iterations, sets, uniform)
+    return Launch("ssd_step.cuh", name, (ceil_div(ceil_div(rows, warp_rows), warps),), (32 * warps,), 0, (call, at, by))
+
+
+class _Segments(ctypes.Structure):
+    _fields_ = [("count", c_int32), ("length", c_int32), ("states", c_void_p), ("decays", c_void_p)]
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = [("tiles", c_uint32), ("channels", c_int32), ("stages", c_int32)]
+
+
+_CHUNK = 64
+
+
+def _ssd_room(call: Any) -> int:
+    return max(1, min(ceil_div(call.length, _CHUNK), 512 // (call.batch * call.heads)))
+
+
+def _segment_floats(call: Any) -> int:
+    return ceil_div(call.batch * call.heads * call.head_dim * call.state_size, 64) * 64
+
+
+def _segments_floats(call: Any) -> int:
+    room = _ssd_room(call)
+    return 0 if room == 1 else ceil_div(room * (_segment_floats(call) + call.batch * call.heads), 64) * 64
+
+
+def workspace_floats(call: Any) -> int:
+    """Of padded arrays, or of segments."""
+    return (_padding(call, 0).end if _is_padded(call) else 4 * _segments_floats(call)) // 4
+
+
+class _Padding(NamedTuple):
+    """The call that the tensor cores run in place of one of other sizes, and the copies around it."""
+
+    call: Any
+    before: list[Copy]
+    after: list[Copy]
+    end: int  # of the workspace
+
+
+def _is_padded(call: Any) -> bool:
+    if call.dtype == 0 or call.length < PAD_TOKENS or (call.head_dim % 8 == 0 and call.state_size % 8 == 0):
+        return False
+    P, N = padded(call.head_dim), padded(call.state_size)
+    return bool(max(call.heads * P, call.groups * N) <= 2**31 - 1)
+
+
+def _padding(call: Any, workspace: int) -> _Padding:
+    to = type(call).from_buffer_copy(call)
+    P, N = call.head_dim, call.state_size
+    to.head_dim, to.state_size = to_P, to_N = padded(P), padded(N)
+    end = workspace + 4 * _segments_floats(to)
+    before, after = [], []
+
+    def take(count: int, rows: int, cols: int, item: int) -> int:
+        nonlocal end
+        taken = end
+        end += ceil_div(count * rows * cols * item, 256) * 256
+        return taken
+
+    if to_P != P:
+        rows = call.batch * call.length * call.heads
+        x, y, D = take(rows, 1, to_P, 2), take(rows, 1, to_P, 2), take(call.heads, 1, to_P, 4)
+        before.append(Copy(call.x, x, rows, (1, P), (1, to_P), 2))
+        after.append(Copy(y, call.y, rows, (1, to_P), (1, P), 2))
+        to.x, to.y = x, y
+        if call.skip_per_channel and call.D:
+            before.append(Copy(call.D, D, call.heads, (1, P), (1, to_P), 4))
+            to.D = D
+    if to_N != N:
+        rows = call.batch * call.length * call.groups
+        B, C = take(rows, 1, to_N, 2), take(rows, 1, to_N, 2)
+        before += [Copy(source, copy, rows, (1, N), (1, to_N), 2) for source, copy in ((call.B, B), (call.C, C))]
+        to.B, to.C = B, C
+    heads, item = call.batch * call.heads, BYTES[call.state_dtype]
+    state = take(heads, to_P, to_N, item)
+    before.append(Copy(call.ssm_state, state, heads, (P, N), (to_P, to_N), item))
+    after.append(Copy(state, call.ssm_state_out, heads, (to_P, to_N), (P, N), item))
+    to.ssm_state = to.ssm_state_out = state
+    return _Padding(to, before, after, end)
+
+
+def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
+    padded = workspace and _is_padded(call)
+    inner, before, after, _ = _padding(call, workspace) if padded else _Padding(call, [], [], 0)
+    aligned = inner.head_dim % 8 == 0 and inner.state_size % 8 == 0 and are_aligned(inner, "x y B C", 16)
+    if BYTES[call.dtype] == 2 and call.length > 4 and aligned and device.major >= 8:
+        chunked = _ssd_chunked(inner, workspace, device)
+        if chunked:
+            return [*map(pad_launch, before), *chunked, *map(pad_launch, after)]
+    T = TYPES[call.dtype]
+    lanes = next(lanes for lanes in (4, 8, 16, 32) if call.state_size <= 8 * lanes)
+    warps = 2 if lanes == 4 else 4
+    rows = warps * 4 * 32 // lanes
+    tiles = ceil_div(call.head_dim, rows)
+    segments = _segments(call, tiles, device, (4.0, 0.6, 0.7), workspace)
+    shared = 4 * 16 * (2 * 8 * lanes + 2 * rows + 2)
+
+    def kernel(output: bool) -> tuple[str, str, int, int]:
+        return "ssd_recurrent.cuh", kernel_name("ssd", "recurrent_kernel", T, lanes, output), 32 * warps, shared
+
+    return _ssd_launches(call, segments, tiles, kernel(False), kernel(True), c_uint32(tiles))
+
+
+def _ssd_chunked(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """On the tensor cores; none where a block's shared memory does not suffice."""
+    nt = next(nt for nt in (64, 128, 256) if call.state_size <= nt)
+    load, most = (1, 32) if nt > 128 else (2, 80)
+
+    def shared(channels: int, stages: int, output: bool) -> int:
+        stage = (2 if output else 1) * _CHUNK * nt + _CHUNK * (channels + 8)
+        return stages * (1040 + 2 * stage) + (2 * 5376 if output else 0)
+
+    tiles = ceil_div(call.head_dim, most) - 1
+    while True:
+        tiles += 1
+        channels = ceil_div(ceil_div(call.head_dim, tiles), 16) * 16
+        if channels <= 16 or shared(channels, 2, True) <= device.shared_bytes:
+            break
+    stages = 4
+    while stages > 2 and shared(channels, stages, True) > device.shared_bytes:
+        stages -= 1
+    if shared(channels, stages, True) > device.shared_bytes:
+        return []
+    segments = _segments(call, tiles, device, (1.9, 0.4, 1.0), workspace)
+
+    def kernel(output: bool) -> tuple[str, str, int, int]:
+        name = kernel_name("ssd", "chunk_kernel", TYPES[call.dtype], nt, output)
+        threads = 32 * ((4 if output else 0) + 1 + load) + 2 * channels
+        return "ssd_prompt.cuh", name, threads, shared(channels, stages, output)
+
+    return _ssd_launches(call, segments, tiles, kernel(False), kernel(True), _Layout(tiles, channels, stages))
+
+
+def _segments(call: Any, tiles: int, device: Device, costs: tuple[float, float, float], workspace: int) -> _Segments:
+    chunks, blocks = ceil_div(call.length, _CHUNK), call.batch * call.heads * tiles
+    chunk_us, state, turn = costs
+
+    def load(n: int) -> float:
+        turns = ceil_div(n, device.multiprocessors)
+        return 1.0 if turns < 2 else turn * turns
+
+    state_bytes = 16.0 * _segment_floats(call)
+    best, least = chunks, chunks * chunk_us * load(blocks)
+    for count in range(2, (_ssd_room(call) if workspace else 1) + 1):
+        length = ceil_div(chunks, count)
+        if ceil_div(chunks, length) != count:
+            continue
+        in_turns = load(blocks * count) + state * load(blocks * (count - 1))
+        time = length * chunk_us * in_turns + 5.0 + count * state_bytes / 3e6
+        if time < least:
+            least, best = time, length
+    count = ceil_div(chunks, best)
+    decays = workspace + (4 * count * _segment_floats(call) if count > 1 else 0)
+    return _Segments(count, best * _CHUNK, workspace or None, decays or None)
+
+
+def _ssd_launches(
+    call: Any,
+    segments: _Segments,
+    tiles: int,
+    states: tuple[str, str, int, int],
+    output: tuple[str, str, int, int],
+    layout: Any,
+) -> list[Launch]:
+    """Kernels as (file, name, threads, shared memory)."""
+    width, count = call.batch * call.heads * tiles, segments.count
+    found = []
+    if count > 1:
+        source, name, threads, shared = states
+        found.append(Launch(source, name, (width, count - 1), (threads,), shared, (call, segments, layout)))
+        grid = (ceil_div(call.batch * call.heads * call.head_dim * call.state_size, 256),)
+        passing = "mamba::ssd::pass_states_kernel"
+        found.append(Launch("ssd_recurrent.cuh", passing, grid, (256,), 0, (call, segments)))
+    source, name, threads, shared = output
+    return [*found, Launch(source, name, (width, count), (threads,), shared, (call, segments, layout))]
+
+
+class _Divisor(ctypes.Structure):
+    _fields_ = [("divisor", c_uint32), ("factor", c_uint32), ("shift", c_uint32)]
+
+
+class _StepDivisors(ctypes.Structure):
+    _fields_ = [*((name, _Divisor) for name in ("warps", "rows", "heads", "group")), ("small", c_int32)]
+
+
+def _divisor(divisor: int) -> _Divisor:
+    shift = (divisor - 1).bit_length()
+    return _Divisor(divisor, ((((1 << shift) - divisor) << 32) // divisor + 1) & 0xFFFFFFFF, shift)

@@ -1,0 +1,229 @@
+"""Launches of ``step.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_void_p
+from typing import Any
+
+from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
+from mamba_deploy.plugins.nvrtc import Device, Launch
+
+__all__ = ["head", "in_proj", "out_proj", "selective_update", "workspace_floats", "x_proj"]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((n, c_int32) for n in "batch inputs outputs x_stride groups conv_first conv_channels conv_width".split()),
+        *((n, c_int32) for n in ("rows", "group_size", "by_16")),
+        ("eps", ctypes.c_float),
+        *((n, c_void_p) for n in "x weight bias norm_weight residual conv_weight conv_bias conv_state".split()),
+        *((n, c_void_p) for n in ("seq_lens", "y", "conv_state_out")),
+    ]
+
+
+_STEP = "step_linear.cuh"
+_COLUMNS = 8  # rows of the batch that a tensor core takes at once
+_NORM_ROWS, _HEAD_NORM_ROWS = 2, 1  # that a block of a product, of the head, norms by itself
+_ROW_THREADS, _MOST_LANES = 1024, 32
+_HEAD_THREADS, _HEAD_OUTPUTS = 256, 128  # of a block
+
+
+def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``step.cu``: call is its struct, workspace an address. So are the next four."""
+    a = _Linear(
+        call.batch, call.width, call.outputs, call.width, 1, call.conv_first, call.channels, call.conv_width,
+        eps=call.eps, x=call.hidden, weight=call.weight, bias=call.bias, norm_weight=call.norm_weight,
+        conv_weight=call.conv_weight, conv_bias=call.conv_bias, conv_state=call.conv_state, seq_lens=call.seq_lens,
+        y=call.y, conv_state_out=call.conv_state_out,
+    )  # fmt: skip
+    return _linear(a, call.dtype, 0, workspace, device)
+
+
+def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    a = _Linear(call.batch, call.channels, call.outputs, call.row, 1, x=call.x, weight=call.weight, y=call.y)
+    return _linear(a, call.dtype, call.dtype, workspace, device)
+
+
+def out_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    a = _Linear(
+        call.batch, call.channels, call.width, call.channels, call.groups, eps=call.eps, x=call.x, weight=call.weight,
+        bias=call.bias, norm_weight=call.norm_weight, residual=call.residual, y=call.y,
+    )  # fmt: skip
+    return _linear(a, call.dtype, call.dtype, workspace, device)
+
+
+def _shared_stride(inputs: int) -> int:
+    return ceil_div(inputs, 64) * 64 + 16
+
+
+def _layout_bytes(a: _Linear, item: int, x_item: int, ring: int, warp_outputs: int) -> int:
+    """Of shared memory, up to 8 rows."""
+    normed = a.norm_weight is not None
+    scales = 4 * ceil_div(a.inputs, 4) * 4 + 64 * a.rows * a.groups if normed else 0
+    raw = ceil_div(a.rows * a.inputs * x_item, 16) * 16 if x_item != item else 0
+    x = ceil_div(a.rows * _shared_stride(a.inputs) * item, 16) * 16
+    return scales + raw + x + max(ring, 4 * a.rows * warp_outputs)
+
+
+def _most_rows(a: _Linear, device: Device, *sizes: int) -> int:
+    """Sets the most rows of a block whose x has room in shared memory; gives the bytes."""
+    a.rows = min(a.batch, _COLUMNS)
+    while _layout_bytes(a, *sizes) > device.shared_bytes:
+        a.rows -= 1
+    return _layout_bytes(a, *sizes)
+
+
+def _complete(a: _Linear, x_item: int) -> None:
+    """Sets what follows from the sizes and addresses."""
+    a.group_size = a.inputs // a.groups
+    a.by_16 = not (a.x_stride * x_item % 16 or a.inputs * x_item % 16 or a.x % 16)
+
+
+def _norm_apart(a: _Linear, dtype: int, x_dtype: int, workspace: int) -> Launch:
+    """The norm in a kernel of its own; changes ``a`` to read what that writes."""
+    stride = ceil_div(a.inputs, 32) * 32
+    a.rows = 1
+    shared = _layout_bytes(a, BYTES[dtype], BYTES[x_dtype], 0, 0)
+    name = kernel_name("step", "norm_kernel", TYPES[dtype], TYPES[x_dtype])
+    arguments = (_Linear.from_buffer_copy(a), c_void_p(workspace), c_int32(stride))
+    a.x, a.x_stride, a.norm_weight, a.groups = workspace, stride, None, 1
+    _complete(a, BYTES[dtype])
+    return Launch(_STEP, name, (a.batch,), (256,), shared, arguments)
+
+
+def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[Launch]:
+    """Of a row or two and many inputs; else none."""
+    if a.batch > _NORM_ROWS or a.inputs < (1536 if a.outputs > a.inputs else 3072):
+        return []
+    item = BYTES[dtype]
+    pieces = ceil_div(a.outputs, 16 // item)
+    waves = ceil_div(pieces, _MOST_LANES * device.multiprocessors)
+    lanes = max(ceil_div(pieces, waves * device.multiprocessors), 4 if 2 * pieces > device.multiprocessors else 1)
+    of_row = 4 * (max(ceil_div(a.inputs, 4) * 4, _ROW_THREADS) + _ROW_THREADS * 16 // item)
+    shared = a.batch * (of_row + lanes * (16 // item) * (56 if item == 4 else 44))
+    if shared + 128 * a.batch > device.shared_bytes:
+        return []
+    name = kernel_name("step", "row_kernel", TYPES[dtype], TYPES[x_dtype], a.batch)
+    return [Launch("step_row.cuh", name, (ceil_div(pieces, lanes),), (_ROW_THREADS,), shared, (a, c_int32(lanes)))]
+
+
+def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
+    _complete(a, BYTES[x_dtype])
+    of_few = _row_product(a, dtype, x_dtype, device)
+    if of_few:
+        return of_few
+    before = []
+    if a.batch > _NORM_ROWS and a.norm_weight is not None:
+        before, x_dtype = [_norm_apart(a, dtype, x_dtype, workspace)], dtype
+    if BYTES[x_dtype] == 2 and _is_tile(a, dtype, device):
+        return [*before, _tile(a, dtype, False, device)]
+    item = BYTES[dtype]
+    tiles = ceil_div(a.outputs, 64 // item)
+    some, roomy = 3 * tiles >= device.multiprocessors, device.major >= 8 and device.shared_bytes >= 160 << 10
+    ring = some and roomy and a.inputs >= 2048
+    nbytes, warps = (4, 16) if not some else (8, 16) if ring else (8, 8)
+    if 2 * tiles >= 3 * device.multiprocessors:
+        nbytes, warps, ring = 16, 8, False
+    in_ring = 8 * 4 * nbytes * 32 * warps if ring else 0
+    outputs = 8 * nbytes // item
+    shared = _most_rows(a, device, item, BYTES[x_dtype], in_ring, warps * outputs)
+    name = kernel_name("step", "linear_kernel", TYPES[dtype], TYPES[x_dtype], nbytes, warps, ring)
+    grid = (ceil_div(a.outputs, outputs), ceil_div(a.batch, a.rows))
+    return [*before, Launch(_STEP, name, grid, (32 * warps,), shared, (a,))]
+
+
+_TILE_THREADS, _TILE_INPUTS, _MOST_TILES = 512, 64, 5
+
+
+def _is_tile(a: _Linear, dtype: int, device: Device) -> bool:
+    if BYTES[dtype] != 2 or device.major < 8 or a.norm_weight is not None or not a.by_16 or a.batch <= _NORM_ROWS:
+        return False
+    return bool(a.batch > _COLUMNS or a.inputs >= 2048)
+
+
+def _is_together(a: _Linear) -> bool:
+    """Whether 4 neighbouring outputs are read and written together, as all published models allow."""
+    if a.conv_channels > 0 and (a.conv_width != 4 or a.conv_first % 4 or a.conv_channels % 4):
+        return False
+    given = (a.bias, a.residual, a.y, a.conv_weight, a.conv_bias, a.conv_state, a.conv_state_out)
+    return all((address or 0) % 16 == 0 for address in given)
+
+
+def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
+    """The cut that leaves the fullest multiprocessor the fewest bytes to move, as in ``step.cu``."""
+    tiles = 1 if a.batch <= 16 else 2 if a.batch <= 32 else 4
+    rows, turns, stages = 16 * tiles, 2 if tiles == 4 else 4, ceil_div(a.inputs, _TILE_INPUTS)
+    most = 1 if of_head or device.major < 9 else 8
+    cuts = []
+    for nt in range(1, _MOST_TILES + 1):
+        outputs = 32 * nt
+        pitch = 2 * _TILE_INPUTS + 16
+        stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
+        shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
+        if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
+            break
+        for split in (1, 2, 4, 8):
+            if split > min(most, stages):
+                break
+            room = device.multiprocessors * (1000 if split <= 2 else 1000 - 35 * split) // 1000
+            blocks = ceil_div(a.outputs, outputs) * split * ceil_div(a.batch, rows)
+            sums = 0 if split == 1 else 2 * 4 * turns * rows * outputs
+            moved = ceil_div(stages, split) * (2 * _TILE_INPUTS * (outputs + rows) + (5 << 10)) + sums
+            cuts.append((ceil_div(blocks, room) * moved, nt, split, shared))
+    _, nt, split, shared = min(cuts)
+    name = kernel_name("step", "tile_kernel", TYPES[dtype], tiles, nt, of_head)
+    grid = (ceil_div(a.outputs, 32 * nt) * split, ceil_div(a.batch, rows))
+    return Launch("step_tile.cuh", name, grid, (_TILE_THREADS,), shared, (a, c_int32(split)), split)
+
+
+def head(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    a = _Linear(
+        call.batch, call.width, call.vocab, call.width, 1, eps=call.eps, x=call.hidden, weight=call.weight,
+        norm_weight=call.norm_weight, y=call.y,
+    )  # fmt: skip
+    _complete(a, 4)
+    if a.batch <= _HEAD_NORM_ROWS:
+        threads = 32 * min(ceil_div(a.inputs, 512 // BYTES[call.dtype]), 16)
+        name = kernel_name("step", "row_head_kernel", TYPES[call.dtype])
+        return [Launch("step_row.cuh", name, (ceil_div(a.outputs, 8),), (threads,), 0, (a,))]
+    norm = _norm_apart(a, call.dtype, 0, workspace)
+    if _is_tile(a, call.dtype, device):
+        return [norm, _tile(a, call.dtype, True, device)]
+    shared = _most_rows(a, device, BYTES[call.dtype], BYTES[call.dtype], 0, 0)
+    name = kernel_name("step", "head_kernel", TYPES[call.dtype])
+    grid = (ceil_div(a.outputs, _HEAD_OUTPUTS), ceil_div(a.batch, a.rows))
+    return [norm, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
+
+
+def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
+    """See :func:`in_proj`."""
+    item = BYTES[call.dtype]
+    warps, channels = 16 // item, 128 // item
+    groups, rows = ceil_div(call.channels, channels), 1
+    most = 3 * _COLUMNS if item == 2 and device.major >= 8 else _COLUMNS
+    while rows < min(call.batch, most) and groups * ceil_div(call.batch, rows) > 2 * device.multiprocessors:
+        rows += 1
+
+    def nbytes(rows: int) -> int:
+        low = ceil_div(rows * _shared_stride(call.rank) * item, 16) * 16
+        return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels
+
+    while rows > 1 and nbytes(rows) > device.shared_bytes:
+        rows -= 1
+    name = kernel_name(
+        "scan", "update_kernel", TYPES[call.dtype], rows if rows <= 2 else ceil_div(rows, _COLUMNS) * _COLUMNS
+    )
+    grid, arguments = (groups, ceil_div(call.batch, rows)), (call, c_int32(rows))
+    return [Launch("selective_update.cuh", name, grid, (32 * warps,), nbytes(rows), arguments)]
+
+
+def workspace_floats(op: str, call: Any) -> int:
+    """Of a norm that has a kernel of its own."""
+    if op not in ("in_proj", "out_proj", "head") or call.batch <= (_HEAD_NORM_ROWS if op == "head" else _NORM_ROWS):
+        return 0
+    inputs = call.channels if op == "out_proj" else call.width
+    return ceil_div(call.batch * ceil_div(inputs, 32) * 32 * BYTES[call.dtype], 4)
