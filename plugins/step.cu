@@ -154,8 +154,8 @@ Cut choose_cut(const Linear& a, const Device& device) {
             const int64_t room = device.multiprocessors * (cut.split <= 2 ? 1000 : 1000 - 35 * cut.split) / 1000;
             const int64_t blocks = ceil_div(a.outputs, own.outputs) * cut.split * ceil_div(a.batch, own.rows);
             const int64_t sums = cut.split == 1 ? 0 : 2 * 4 * own.turns * own.rows * own.outputs;
-            const int64_t moved = ceil_div(stages, cut.split) * (2 * kTileInputs * (own.outputs + own.rows) + (5 << 10)) + sums;
-            const int64_t cost = ceil_div(blocks, room) * moved;
+            const int64_t stage = 2 * kTileInputs * (own.outputs + own.rows) + (5 << 10);
+            const int64_t cost = ceil_div(blocks, room) * (ceil_div(stages, cut.split) * stage + sums);
             if (best.nt == 0 || cost < least) best = cut, least = cost;
         }
     }
@@ -170,8 +170,8 @@ cudaError_t tile_rows(const Linear& a, const Device& device, cudaStream_t stream
         using Own = decltype(tile);
         const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, Own::kOutputs) * cut.split),
                         static_cast<unsigned>(ceil_div(a.batch, Own::kRows)));
-        return start_clusters(tile_kernel<T, ROW_TILES, Own::kTiles, HEAD>, grid, kTileThreads, Own::kBytes, cut.split, device,
-                              stream, Linear(a), int(cut.split));
+        return start_clusters(tile_kernel<T, ROW_TILES, Own::kTiles, HEAD>, grid, kTileThreads, Own::kBytes, cut.split,
+                              device, stream, Linear(a), int(cut.split));
     });
 }
 

@@ -20,7 +20,7 @@ constexpr int kMostTiles = 5;  // NT; 4 where outputs are not together
 template <int ROW_TILES, int NT, bool HEAD>
 struct Tile {
     static constexpr int kTiles = NT;
-    static constexpr int kAcross = 4;  // warps along the outputs; others lie along the rows, others take turns along the inputs
+    static constexpr int kAcross = 4;  // warps along the outputs; of the others kDown lie along the rows, kTurns take turns
     static constexpr int kOfWarp = ROW_TILES < 2 ? 1 : 2;  // row tiles
     static constexpr int kDown = ROW_TILES / kOfWarp, kTurns = kTileThreads / 32 / kAcross / kDown;
     static constexpr int kRows = 16 * ROW_TILES, kOutputs = 8 * NT * kAcross;
@@ -233,8 +233,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) tile_kernel(const Linear a, c
     float sums[kOfWarp][NT][4] = {};
     // Where this lane's rows of the matrices are, in a stage; rows of x that are not there are zeros.
     const uint32_t x_row = Own::kWeightBytes + (16 * down * kOfWarp + lane % 16) * Own::kRowPitch + lane / 16 * 16;
-    const uint32_t w_row = (HEAD ? (8 * (across * NT + lane / 16) + lane % 8) * Own::kWeightPitch + lane / 8 % 2 * 16
-                                        : lane % 16 * Own::kWeightPitch + 16 * (across * NT + lane / 16));
+    const uint32_t w_row = HEAD ? (8 * (across * NT + lane / 16) + lane % 8) * Own::kWeightPitch + lane / 8 % 2 * 16
+                                : lane % 16 * Own::kWeightPitch + 16 * (across * NT + lane / 16);
     const uint32_t last = ring + (kStages - 1) * Own::kStage;
     uint32_t at = ring, ahead = last;
 #pragma unroll 1
