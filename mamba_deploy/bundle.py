@@ -251,12 +251,19 @@ def add_engine(bundle: Bundle, backend: str, made: Path, facts: Mapping[str, Any
     manifest = dict(bundle.manifest)
     manifest["files"] = {**manifest["files"], name: {"bytes": made.stat().st_size, "sha256": sha256(made)}}
     manifest["engines"] = {**manifest.get("engines", {}), backend: dict(facts)}
-    written = made.with_name(MANIFEST)
+    place, written, before = bundle.path / name, made.with_name(MANIFEST), made.with_name("before")
     try:
         written.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        made.replace(bundle.path / name)
+        if place.exists():
+            place.replace(before)
+        made.replace(place)
         written.replace(bundle.path / MANIFEST)
     except OSError as error:
+        with contextlib.suppress(OSError):  # as it was
+            if before.exists():
+                before.replace(place)
+            elif not made.exists():
+                place.unlink()
         raise BundleError(
             f"{bundle.path} could not be written: {error}", hint="check the free space and the permissions there"
         ) from error

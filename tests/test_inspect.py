@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mamba_deploy.bundle import ENGINES, LOWERED, MANIFEST, PORTABLE, REFERENCE, WEIGHTS, Bundle, add_engine
 from mamba_deploy.cli import main
+from mamba_deploy.errors import BundleError
 from mamba_deploy.inspection import describe, render
 from mamba_deploy.runtime import engine_report
 
@@ -252,6 +253,30 @@ def with_engines(bundle: Bundles, tmp_path: Path) -> Path:
         (opened.path / "made").write_bytes(backend.encode())
         opened = add_engine(opened, backend, opened.path / "made", facts)
     return opened.path
+
+
+@pytest.mark.parametrize("had_one", [True, False])
+def test_an_engine_that_cannot_be_put_in_place(
+    with_engines: Path, bundle: Bundles, tmp_path: Path, had_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bundle is as it was, the engine before in its place."""
+    path = with_engines if had_one else Path(shutil.copytree(bundle("mamba").path, tmp_path / "without"))
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "made").write_bytes(b"new")
+    replace = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.name == MANIFEST:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(BundleError, match=f"{path} could not be written: .*No space left") as caught:
+        add_engine(Bundle.open(path), "tensorrt", work / "made", ENGINE_FACTS["tensorrt"])
+    assert "free space" in caught.value.hint
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
 def expected_engine(backend: str) -> dict[str, Any]:
