@@ -3,13 +3,15 @@
     python samples/bench_cpu.py --write samples/results/cpu.json
 
 One random model of each generation in the published 130M size, the same weights and threads for all, in one run: after
-a warm-up the contenders take turns, and each row holds medians. The limit of decode is the bytes a step must read over
-the read bandwidth; that of a prompt its operations over the rate of a matrix product. Both are measured here, and take
-turns with the contenders, for a shared machine is not equally fast from one minute to the next.
+a warm-up the contenders take turns, and each row holds medians. Ours decodes from half-precision bundles too. The limit
+of decode is the bytes a step must read over the read bandwidth; that of a prompt its operations over the rate of a
+matrix product. Both are measured here, and take turns with the contenders, for a shared machine is not equally fast
+from one minute to the next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
 import sys
@@ -27,9 +29,11 @@ import onnxruntime
 import torch
 
 from mamba_deploy import Session, export
+from mamba_deploy.contract import DType
 from mamba_deploy.limits import Limits
 
 MODELS = ("mamba-130m", "mamba2-130m")
+DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 PROMPT_TOKENS = 512
 LIMIT = "limit"  # what takes turns with the contenders
 Timed = Callable[[], float]  # seconds a token
@@ -53,8 +57,11 @@ def main(threads: int, steps: int, turns: int, with_compile: bool, models: str, 
     for name in models.split(","):
         with tempfile.TemporaryDirectory() as scratch:
             model = _random_model(name, Path(scratch) / "checkpoint")
-            bundle = export(Path(scratch) / "checkpoint", Path(scratch) / "bundle")
-            with Session.open(bundle.path, threads=threads) as session:
+            with contextlib.ExitStack() as stack:
+                session, *halves = (
+                    stack.enter_context(Session.open(_exported(Path(scratch), dtype), threads=threads))
+                    for dtype in DTYPES
+                )
                 decode = Limits.of(session.config, session.contract)
                 prompt = Limits.of(session.config, session.contract, seq=PROMPT_TOKENS)
                 ids = np.random.default_rng(0).integers(0, session.config.vocab_size, (1, PROMPT_TOKENS))
@@ -62,6 +69,8 @@ def main(threads: int, steps: int, turns: int, with_compile: bool, models: str, 
                     "mamba-deploy": lambda s=session, i=ids: _our_decode(s, i, steps),
                     "transformers eager": lambda m=model, i=ids: _their_decode(m, m, i, steps),
                 }
+                for dtype, half in zip(DTYPES[1:], halves, strict=True):
+                    contenders[f"mamba-deploy, {dtype}"] = lambda s=half, i=ids: _our_decode(s, i, steps)
                 note = ""
                 if with_compile:
                     try:
@@ -96,6 +105,10 @@ def main(threads: int, steps: int, turns: int, with_compile: bool, models: str, 
     )
     if write is not None:
         _write(write, rows, threads, bandwidth, flops)
+
+
+def _exported(scratch: Path, dtype: DType) -> Path:
+    return export(scratch / "checkpoint", scratch / dtype, dtype=dtype).path
 
 
 def _reader() -> Timed:
