@@ -258,12 +258,15 @@ def add_engine(bundle: Bundle, backend: str, made: Path, facts: Mapping[str, Any
             place.replace(before)
         made.replace(place)
         written.replace(bundle.path / MANIFEST)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # as it was
-            if before.exists():
-                before.replace(place)
-            elif not made.exists():
-                place.unlink()
+    except BaseException as error:  # an interrupt too
+        with contextlib.suppress(OSError):
+            if written.exists():  # not in place yet: so the engine is to be the one before
+                if before.exists():
+                    before.replace(place)
+                elif not made.exists():
+                    place.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise BundleError(
             f"{bundle.path} could not be written: {error}", hint="check the free space and the permissions there"
         ) from error

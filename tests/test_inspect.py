@@ -255,28 +255,40 @@ def with_engines(bundle: Bundles, tmp_path: Path) -> Path:
     return opened.path
 
 
-@pytest.mark.parametrize("had_one", [True, False])
-def test_an_engine_that_cannot_be_put_in_place(
-    with_engines: Path, bundle: Bundles, tmp_path: Path, had_one: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bundle is as it was, the engine before in its place."""
-    path = with_engines if had_one else Path(shutil.copytree(bundle("mamba").path, tmp_path / "without"))
+def add_in_vain(path: Path, work: Path, why: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add an engine, which fails when the manifest is to be put in place: the bundle is as it was afterwards."""
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    work = tmp_path / "work"
     work.mkdir()
     (work / "made").write_bytes(b"new")
     replace = Path.replace
 
-    def full(self: Path, target: Path) -> Path:
+    def fail(self: Path, target: Path) -> Path:
         if target.name == MANIFEST:
-            raise OSError(28, "No space left on device")
+            raise why
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(BundleError, match=f"{path} could not be written: .*No space left") as caught:
+    monkeypatch.setattr(Path, "replace", fail)
+    try:
         add_engine(Bundle.open(path), "tensorrt", work / "made", ENGINE_FACTS["tensorrt"])
+    finally:
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("had_one", [True, False])
+def test_an_engine_that_cannot_be_put_in_place(
+    with_engines: Path, bundle: Bundles, tmp_path: Path, had_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = with_engines if had_one else Path(shutil.copytree(bundle("mamba").path, tmp_path / "without"))
+    with pytest.raises(BundleError, match=f"{path} could not be written: .*No space left") as caught:
+        add_in_vain(path, tmp_path / "work", OSError(28, "No space left on device"), monkeypatch)
     assert "free space" in caught.value.hint
-    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_an_interrupt_while_an_engine_is_put_in_place(
+    with_engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        add_in_vain(with_engines, tmp_path / "work", KeyboardInterrupt(), monkeypatch)
 
 
 def expected_engine(backend: str) -> dict[str, Any]:
