@@ -202,7 +202,9 @@ cudaError_t allow_shared(void (*kernel)(Parameters...), size_t bytes) {
 
 #endif
 
-inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline __host__ __device__ bool is_aligned(const void* pointer, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 // Calls run(T{}) with the C++ type of a dtype; false where there is none.
 template <typename Run>

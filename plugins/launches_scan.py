@@ -6,17 +6,8 @@ import ctypes
 from ctypes import c_int32, c_uint32, c_void_p
 from typing import Any, NamedTuple
 
-from mamba_deploy.plugins.launches_common import (
-    BYTES,
-    PAD_TOKENS,
-    TYPES,
-    Copy,
-    are_aligned,
-    ceil_div,
-    kernel_name,
-    pad_launch,
-    padded,
-)
+from mamba_deploy.plugins.launches_common import BYTES, TYPES, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_pad import PAD_TOKENS, Copy, pad_launch, padded_size
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
 __all__ = ["selective_scan", "workspace_floats"]
@@ -93,7 +84,7 @@ def _chunk_floats(call: Any) -> int:
 def _padded_floats(call: Any) -> int:
     if call.state_size % 8 == 0 or call.channels % 4 != 0 or call.length < PAD_TOKENS:
         return 0
-    return ceil_div(call.batch * call.length * padded(call.state_size) * BYTES[call.dtype], 256) * 64
+    return ceil_div(call.batch * call.length * padded_size(call.state_size) * BYTES[call.dtype], 256) * 64
 
 
 def workspace_floats(call: Any) -> int:
@@ -105,7 +96,7 @@ def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
     room, floats = _scan_room(call), _padded_floats(call)
     before, states = [], (call.state_size, call.B, call.C)
     if workspace and floats:
-        N, to_N, rows = call.state_size, padded(call.state_size), call.batch * call.length
+        N, to_N, rows = call.state_size, padded_size(call.state_size), call.batch * call.length
         start = workspace + 4 * _chunk_floats(call)
         states = (to_N, start, start + 4 * floats)
         item = BYTES[call.dtype]

@@ -6,17 +6,8 @@ import ctypes
 from ctypes import c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, NamedTuple
 
-from mamba_deploy.plugins.launches_common import (
-    BYTES,
-    PAD_TOKENS,
-    TYPES,
-    Copy,
-    are_aligned,
-    ceil_div,
-    kernel_name,
-    pad_launch,
-    padded,
-)
+from mamba_deploy.plugins.launches_common import BYTES, TYPES, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_pad import PAD_TOKENS, Copy, pad_launch, padded_size
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
 __all__ = ["ssd_scan", "ssd_update", "workspace_floats"]
@@ -118,14 +109,14 @@ class _Padding(NamedTuple):
 def _is_padded(call: Any) -> bool:
     if call.dtype == 0 or call.length < PAD_TOKENS or (call.head_dim % 8 == 0 and call.state_size % 8 == 0):
         return False
-    P, N = padded(call.head_dim), padded(call.state_size)
+    P, N = padded_size(call.head_dim), padded_size(call.state_size)
     return bool(max(call.heads * P, call.groups * N) <= 2**31 - 1)
 
 
 def _padding(call: Any, workspace: int) -> _Padding:
     to = type(call).from_buffer_copy(call)
     P, N = call.head_dim, call.state_size
-    to.head_dim, to.state_size = to_P, to_N = padded(P), padded(N)
+    to.head_dim, to.state_size = to_P, to_N = padded_size(P), padded_size(N)
     end = workspace + 4 * _segments_floats(to)
     before, after = [], []
 

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_int32, c_void_p
 from typing import Any
 
-from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_common import BYTES, TYPES, are_aligned, ceil_div, kernel_name
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
 __all__ = ["head", "in_proj", "out_proj", "selective_update", "workspace_floats", "x_proj"]
@@ -146,21 +146,19 @@ def _is_tile(a: _Linear, dtype: int, device: Device) -> bool:
 
 def _is_together(a: _Linear) -> bool:
     """Whether 4 neighbouring outputs are read and written together, as all published models allow."""
-    if a.conv_channels > 0 and (a.conv_width != 4 or a.conv_first % 4 or a.conv_channels % 4):
+    if a.conv_channels > 0 and not (a.conv_width == 4 and are_aligned(a, "conv_first conv_channels", 4)):
         return False
-    given = (a.bias, a.residual, a.y, a.conv_weight, a.conv_bias, a.conv_state, a.conv_state_out)
-    return all((address or 0) % 16 == 0 for address in given)
+    return are_aligned(a, "bias residual y conv_weight conv_bias conv_state conv_state_out", 16)
 
 
 def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
     """The cut that leaves the fullest multiprocessor the fewest bytes to move, as in ``step.cu``."""
     tiles = 1 if a.batch <= 16 else 2 if a.batch <= 32 else 4
     rows, turns, stages = 16 * tiles, 2 if tiles == 4 else 4, ceil_div(a.inputs, _TILE_INPUTS)
-    most = 1 if of_head or device.major < 9 else 8
+    most, pitch = 1 if of_head or device.major < 9 else 8, 2 * _TILE_INPUTS + 16
     cuts = []
     for nt in range(1, _MOST_TILES + 1):
         outputs = 32 * nt
-        pitch = 2 * _TILE_INPUTS + 16
         stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
         shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
         if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):

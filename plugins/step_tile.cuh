@@ -39,7 +39,7 @@ inline __host__ __device__ bool is_together(const Linear& a) {
     if (a.conv_channels > 0 && (a.conv_width != 4 || a.conv_first % 4 != 0 || a.conv_channels % 4 != 0)) return false;
     const void* const all[] = {a.bias, a.residual, a.y, a.conv_weight, a.conv_bias, a.conv_state, a.conv_state_out};
     for (const void* p : all) {
-        if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
+        if (!is_aligned(p, 16)) return false;
     }
     return true;
 }

@@ -98,9 +98,7 @@ class Report:
     versions: Mapping[str, str]
     gpu_memory_bytes: int | None = None  # that the session took, CUDA's own context not counted
     engine: Mapping[str, Any] | None = None  # of engine_facts
-    gpu_memory: Mapping[str, int] = field(
-        default_factory=dict
-    )  # bytes of it that the session asked for, by what they hold
+    gpu_memory: Mapping[str, int] = field(default_factory=dict)  # of these bytes, those that it asked for, by what for
 
     def to_dict(self) -> dict[str, Any]:
         """As ``--json`` prints it."""
