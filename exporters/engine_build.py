@@ -1,9 +1,9 @@
 """model.onnx -> an engine of TensorRT in the bundle: the whole of `mamba-deploy build`.
 
-Two engines in one file, over the same weights: first one of the graph, for prompts (up to ``max_prefill`` tokens of up
-to ``prefill_batch`` rows), then one of the fused graph of a step (one token of up to ``max_batch`` rows). Where that
-does not cover the model, one engine with two optimisation profiles, decode and prompt. Scratch memory grows with the
-tokens of a prompt call, so by default prompts are read row by row, which also spares them their padding.
+One engine with two optimisation profiles: decode, one token of up to ``max_batch`` rows, and prompt, up to
+``max_prefill`` tokens of up to ``prefill_batch`` rows. It is of the graph that is one operator, and of model.onnx where
+that operator does not cover the model. Scratch memory grows with the tokens of a prompt call, so by default prompts are
+read row by row, which also spares them their padding.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def build_engine(
         optimization_level: The builder's, 0 to 5; None leaves it to TensorRT.
         compute_capabilities: For TensorRT-RTX: GPUs to build for, ``"86"``, ``"120"``; none: what it takes itself.
         use_timing_cache: Keep what was timed for the next build on the same kind of GPU.
-        fuse: Decode by the operators that fuse what stands around a layer's products, where they cover the model.
+        fuse: Make the model one operator, where that covers it.
         say: Told what is being done.
 
     Returns:
@@ -126,7 +126,7 @@ def build_engine(
             "prefill_batch": prefill_batch,
             "build_seconds": answer["build_seconds"],
             "weights": answer["weights"],
-            "decode": answer["decode"],
+            "fused": answer["fused"],
         }
         return add_engine(bundle, backend, Path(folder) / "engine", facts)
 

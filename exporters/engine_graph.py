@@ -12,10 +12,10 @@ from onnx import helper, numpy_helper
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError
-from mamba_deploy.exporters.step_graph import step_graph
+from mamba_deploy.exporters.model_graph import model_graph
 from mamba_deploy.plugins.rules import prepare_for_parser
 
-__all__ = ["ParserGraph", "parser_graph", "step_parser_graph"]
+__all__ = ["ParserGraph", "model_parser_graph", "parser_graph"]
 
 _LARGE = 1 << 16  # bytes from which on a weight is bound
 _DTYPES = {
@@ -55,20 +55,19 @@ def parser_graph(
     return _prepared(model, path, newest_opset, _LARGE if bind_weights else None, mark)
 
 
-def step_parser_graph(
-    path: Path, config: MambaConfig, contract: Contract, *, newest_opset: int | None = None, bind_from: int = _LARGE
+def model_parser_graph(
+    path: Path, config: MambaConfig, contract: Contract, *, newest_opset: int | None = None
 ) -> ParserGraph:
-    """Likewise the graph of a decode step, with large weights as inputs.
+    """The graph that is one operator, with all weights of the weights file as inputs; smaller ones lie in model.onnx.
 
     Args:
         path: ``model.onnx``, whose weights it has.
-        config: The architecture, which the step's operators cover.
+        config: The architecture, which the operator covers.
         contract: Of the model.
         newest_opset: As for :func:`parser_graph`.
-        bind_from: Bytes from which on a weight is an input.
     """
-    model = step_graph(onnx.load(path, load_external_data=False), config, contract)
-    return _prepared(model, path, newest_opset, bind_from, ())
+    model = model_graph(onnx.load(path, load_external_data=False), config, contract)
+    return _prepared(model, path, newest_opset, 0, ())
 
 
 def _prepared(

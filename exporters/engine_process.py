@@ -17,8 +17,8 @@ from typing import Any
 
 from mamba_deploy.bundle import Bundle
 from mamba_deploy.errors import EngineError, MambaDeployError
-from mamba_deploy.exporters.engine_graph import ParserGraph, parser_graph, step_parser_graph
-from mamba_deploy.exporters.step_graph import covers
+from mamba_deploy.exporters.engine_graph import ParserGraph, model_parser_graph, parser_graph
+from mamba_deploy.exporters.model_graph import covers
 from mamba_deploy.plugins.toolchain import gpu_architectures
 from mamba_deploy.runtime.trt import TensorRT, load
 
@@ -54,43 +54,29 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if builder is None:
         raise EngineError(f"{found.label} makes no builder: {_errors(log)}", hint="mamba-deploy doctor")
     plugins = found.load_plugins(asked["plugins"], _say)
-    bundle, profiles = Bundle.open(onnx_path.parent), asked["profiles"]
-    graphs: list[tuple[ParserGraph, list[Any]]] = []
-    splits = asked["fuse"] and covers(bundle.config, bundle.contract)
-    whole = parser_graph(
-        onnx_path,
-        newest_opset=found.newest_opset,
-        bind_weights=found.binds_weights or splits,
-        mark=asked["mark"],
-    )
-    if splits:
-        step = step_parser_graph(onnx_path, bundle.config, bundle.contract, newest_opset=found.newest_opset)
-        graphs = [(whole, [profiles["prompt"]]), (step, [profiles["decode"]])]
+    bundle, newest = Bundle.open(onnx_path.parent), found.newest_opset
+    fused = asked["fuse"] and covers(bundle.config, bundle.contract)
+    if fused:
+        graph = model_parser_graph(onnx_path, bundle.config, bundle.contract, newest_opset=newest)
     else:
-        graphs = [(whole, [profiles["decode"], profiles["prompt"]])]
+        graph = parser_graph(onnx_path, newest_opset=newest, bind_weights=found.binds_weights, mark=asked["mark"])
     os.chdir(onnx_path.parent)  # where 8.x looks for the weights, whatever path it is given
     start = time.perf_counter()
-    starts = []
-    with (folder / "engine").open("wb") as file:
-        for graph, of_graph in graphs:
-            starts.append(file.tell())
-            file.write(_plan(found, builder, log, graph, of_graph, asked))
+    (folder / "engine").write_bytes(_plan(found, builder, log, graph, asked))
     seconds = time.perf_counter() - start
     return {
         "product": found.product,
         "version": found.version,
         "plugins": plugins,
         "plugin_sources": found.plugin_sources,
-        "weights": whole.weights,
-        "decode": {"start": starts[1], "weights": graphs[1][0].weights} if splits else None,
+        "weights": graph.weights,
+        "fused": fused,
         "build_seconds": round(seconds, 1),
         "architecture": None if found.is_rtx else next(iter(gpu_architectures()), None),
     }
 
 
-def _plan(
-    found: TensorRT, builder: Any, log: Any, graph: ParserGraph, profiles: list[Any], asked: Mapping[str, Any]
-) -> Any:
+def _plan(found: TensorRT, builder: Any, log: Any, graph: ParserGraph, asked: Mapping[str, Any]) -> Any:
     """The serialized engine of a graph."""
     trt = found.module
     network = builder.create_network(found.network_flags())
@@ -106,7 +92,7 @@ def _plan(
     _set_formats(found, network)
     if not found.is_strongly_typed:
         _set_precisions(trt, network, config, graph)
-    for profile in _profiles(builder, network, profiles):
+    for profile in _profiles(builder, network, [asked["profiles"]["decode"], asked["profiles"]["prompt"]]):
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(
                 f"{found.label} refuses the profile: {_errors(log)}", hint="try smaller --max-batch and --max-prefill"

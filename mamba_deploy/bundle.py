@@ -34,7 +34,6 @@ __all__ = [
     "Bundle",
     "add_engine",
     "bound_weight_bytes",
-    "bound_weights",
     "write_bundle",
 ]
 
@@ -273,14 +272,9 @@ def add_engine(bundle: Bundle, backend: str, made: Path, facts: Mapping[str, Any
     return Bundle.open(bundle.path)
 
 
-def bound_weights(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights that engines are given at opening, by what the manifest says of them: offset and bytes, by name."""
-    return {**facts["weights"], **(facts.get("decode") or {}).get("weights", {})}
-
-
 def bound_weight_bytes(facts: Mapping[str, Any]) -> int:
-    """Bytes of :func:`bound_weights`; 0: all are inside."""
-    return sum(length for _, length in bound_weights(facts).values())
+    """Bytes of the weights that an engine is given at opening; 0: all are inside."""
+    return sum(length for _, length in facts["weights"].values())
 
 
 def refuse_to_overwrite(path: Path, *, force: bool) -> None:

@@ -183,7 +183,7 @@ def export(
     help="For tensorrt-rtx: build for this GPU, without having it; may be given several times.",
 )  # fmt: skip
 @click.option("--timing-cache/--no-timing-cache", "use_timing_cache", default=True, help="Keep timings between builds.")
-@click.option("--fuse/--no-fuse", default=True, help="Decode by fused operators, or by the graph's own.")
+@click.option("--fuse/--no-fuse", default=True, help="One operator for the whole model, or the graph's own.")
 @_json_option
 def build(out: Path, backend: str | None, as_json: bool, **options: Any) -> None:
     """Build the TensorRT engine of the bundle OUT, on the machine that is to run it."""

@@ -1,12 +1,15 @@
-"""The reference of the operators that a decode step is made of: one token a row, [B, 1, ...].
+"""The reference of the parts of a decode step, and of the model as one operator: one token a row, [B, 1, ...].
 
-They say what :mod:`mamba_deploy.model` does of one token, cut elsewhere: each product with what stands around it. A
-graph of them is made from an exported one (``exporters/step_graph.py``), so they are plain functions. Symbols and
-dtypes as in :mod:`mamba_deploy.ops`; weights of products [inputs, outputs]; arithmetic is float32, and float64 where
-weights are.
+They say what :mod:`mamba_deploy.model` does of one token, cut elsewhere: each product with what stands around it. No
+exported graph has them, so they are plain functions. Symbols and dtypes as in :mod:`mamba_deploy.ops`; weights of
+products [inputs, outputs]; arithmetic is float32, and float64 where weights are.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import Tensor
 from mamba_deploy import ops
 from mamba_deploy.model import rms_normalise
 
-__all__ = ["head", "in_proj", "out_proj", "selective_update", "ssd_update", "x_proj"]
+__all__ = ["head", "in_proj", "model", "out_proj", "selective_update", "ssd_update", "x_proj"]
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, groups: int = 1) -> Tensor:
@@ -178,3 +181,57 @@ def out_proj(
 def head(hidden: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
     """MambaHead: [B, 1, d] float32, [d] float32, [V, d] T -> logits [B, V] float32."""
     return _product(_norm(hidden, norm_weight, eps, ops.compute_dtype(weight)), weight.t())[:, 0].to(hidden.dtype)
+
+
+# Of a layer, what may be absent.
+_OPTIONAL = ("in_proj_bias", "conv_bias", "x_proj", "dt_proj", "D", "dt_bias", "gate_norm", "out_proj_bias")
+
+
+def model(
+    input_ids: Tensor,
+    seq_lens: Tensor,
+    embedding: Tensor,
+    norm_weight: Tensor,
+    head_weight: Tensor | None,
+    layers: Sequence[Mapping[str, Tensor | None]],
+    eps: float = 1e-5,
+    norm_eps: float = -1.0,
+    dt_min: float = 0.0,
+    dt_max: float = math.inf,
+    n_groups: int = 1,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """MambaModel and Mamba2Model of one token a row.
+
+    Args:
+        input_ids: [B, 1].
+        seq_lens: [B]; with 0 the states stay as they are.
+        embedding: [V, d] T.
+        norm_weight: [d] float32, of the last norm.
+        head_weight: [V, d] T, or None where it is the embedding.
+        layers: Of each layer the arrays of ``MambaLayer`` in ``plugins/mamba_kernels.h`` that come in, by name.
+        eps: Of the norms.
+        norm_eps: As in :func:`selective_update`.
+        dt_min: As in :func:`ssd_update`, like the next two.
+        dt_max: Upper limit.
+        n_groups: G.
+
+    Returns:
+        logits [B, V] float32, and of each layer the new states.
+    """
+    ids = input_ids.long().clamp(0, len(embedding) - 1)
+    hidden, states = embedding[ids].to(ops.compute_dtype(embedding)), []
+    for layer in layers:
+        w: dict[str, Any] = {**dict.fromkeys(_OPTIONAL), **layer}
+        first = 0 if w["x_proj"] is not None else len(w["out_proj"])
+        conv = (w["conv_weight"], w["conv_bias"], w["conv_state"], seq_lens)
+        projected, conv_state = in_proj(hidden, w["norm_weight"], w["in_proj"], w["in_proj_bias"], *conv, eps, first)
+        scan = (w["A"], w["D"], w["dt_bias"], w["ssm_state"], seq_lens)
+        if w["x_proj"] is not None:
+            low = x_proj(projected, w["x_proj"])
+            y, ssm_state = selective_update(projected, low, w["dt_proj"], *scan, norm_eps)
+        else:
+            y, ssm_state = ssd_update(projected, *scan, True, dt_min, dt_max, n_groups)
+        groups = 1 if w["gate_norm"] is None else n_groups
+        hidden = out_proj(y, w["gate_norm"], w["out_proj"], w["out_proj_bias"], hidden, eps, groups)
+        states.append((conv_state, ssm_state))
+    return head(hidden, norm_weight, embedding if head_weight is None else head_weight, eps), states

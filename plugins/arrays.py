@@ -104,15 +104,22 @@ def check_overlap(arrays: list[Array], allowed: Mapping[str, str]) -> None:
         arrays: All arrays of a call.
         allowed: Outputs by name, and what each may be.
     """
-    for out in (array for array in arrays if array.name in allowed):
-        for other in arrays:
-            if other is out or out.pointer >= other.pointer + other.bytes or other.pointer >= out.pointer + out.bytes:
-                continue
-            same = out.pointer == other.pointer
-            if same and (allowed[out.name] == other.name or allowed.get(other.name) == out.name):
-                continue
-            also = f", or {other.name} itself" if allowed[out.name] == other.name else ""
-            raise PluginError(f"{out.name} overlaps {other.name} in memory: expected memory of its own{also}")
+    reach: list[tuple[int, Array]] = []  # those that end after the next one starts
+    for place, array in sorted(enumerate(arrays), key=lambda item: item[1].pointer):
+        reach = [(i, other) for i, other in reach if other.pointer + other.bytes > array.pointer]
+        for i, other in reach:
+            first, second = (other, array) if i < place else (array, other)
+            _check_pair(*((first, second) if first.name in allowed else (second, first)), allowed)
+        reach.append((place, array))
+
+
+def _check_pair(out: Array, other: Array, allowed: Mapping[str, str]) -> None:
+    """Of two that overlap, the first an output if one is."""
+    same = out.pointer == other.pointer
+    if out.name not in allowed or (same and (allowed[out.name] == other.name or allowed.get(other.name) == out.name)):
+        return
+    also = f", or {other.name} itself" if allowed[out.name] == other.name else ""
+    raise PluginError(f"{out.name} overlaps {other.name} in memory: expected memory of its own{also}")
 
 
 def check_devices(arrays: list[Array]) -> None:

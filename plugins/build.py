@@ -75,7 +75,16 @@ class Product(NamedTuple):
     libraries: tuple[Library, ...]
 
 
-_KERNELS = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu", "step.cu")
+_KERNELS = (
+    "causal_conv1d.cu",
+    "last_token.cu",
+    "model.cu",
+    "prompt.cu",
+    "sample_token.cu",
+    "selective_scan.cu",
+    "ssd_scan.cu",
+    "step.cu",
+)
 _PLUGIN, _REGISTER = "libmamba_plugin.so", "libmamba_plugin_register.so"
 PRODUCTS = (
     Product("kernels", None, (Library("libmamba_kernels.so", ()),)),

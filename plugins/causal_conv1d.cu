@@ -11,6 +11,8 @@
 #ifndef MAMBA_KERNELS_ONLY
 #include <algorithm>
 #include <climits>
+
+#include "strided.h"
 #endif
 
 #include "common.cuh"
@@ -108,7 +110,7 @@ struct Filter {
 
 template <typename T, int kWidth, int kVec>
 __global__ void __launch_bounds__(kLanes * kRuns, kBlocks<T>)
-prompt_kernel(MambaCausalConv1d a, unsigned channel_blocks, int run_length) {
+prompt_kernel(MambaCausalConv1d a, int x_row, unsigned channel_blocks, int run_length) {
     using Vec = Pack<T, kVec>;
     using Kernel = Filter<T, kWidth, kVec>;
     constexpr int kKept = Kernel::kTaps - 1, kAhead = kWidth > 0 ? 4 : 8;  // tokens loaded at once
@@ -121,19 +123,18 @@ prompt_kernel(MambaCausalConv1d a, unsigned channel_blocks, int run_length) {
     const int kept = filter.taps - 1;
 
     for (int64_t b = blockIdx.y; b < a.batch; b += gridDim.y) {
-        const T* x = static_cast<const T*>(a.x) + b * a.length * C + c;
+        const T* x = static_cast<const T*>(a.x) + b * a.length * x_row + c;
         const int used = min(max(a.seq_lens[b], 0), a.length), stop = min(end, used);
-        const auto token = [&](int t) { return load_constant<T, kVec>(x + int64_t{t} * C); };
+        const auto token = [&](int t) { return load_constant<T, kVec>(x + int64_t{t} * x_row); };
 
-        // Moved on by rows: the next to load, the next to write.
-        const T* from = x + int64_t{start} * C;
-        T* to = static_cast<T*>(a.y) + b * a.length * C + c + int64_t{start} * C;
+        const T* from = x + int64_t{start} * x_row;
+        T* const y = static_cast<T*>(a.y) + b * a.length * C + c;
         Vec ahead[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
             ahead[i] = Vec{};
             if (start + i < stop) ahead[i] = load_constant<T, kVec>(from);
-            from += C;
+            from += x_row;
         }
         if (start == 0) {
             const T* old = static_cast<const T*>(a.conv_state) + (b * C + c) * kept;
@@ -185,9 +186,8 @@ prompt_kernel(MambaCausalConv1d a, unsigned channel_blocks, int run_length) {
             for (int i = 0; i < kAhead; i++) {
                 const Vec current = ahead[i];
                 ahead[i] = load_constant<T, kVec>(from);
-                from += C;
-                store(to, filter.next(current));
-                to += C;
+                from += x_row;
+                store(y + int64_t{t + i} * C, filter.next(current));
             }
         }
 #pragma unroll 1
@@ -197,20 +197,16 @@ prompt_kernel(MambaCausalConv1d a, unsigned channel_blocks, int run_length) {
                 const Vec current = ahead[i];
                 ahead[i] = Vec{};
                 if (t + kAhead + i < stop) ahead[i] = load_constant<T, kVec>(from);
-                from += C;
-                if (t + i < end) store(to, t + i < stop ? filter.next(current) : Vec{});
-                to += C;
+                from += x_row;
+                if (t + i < end) store(y + int64_t{t + i} * C, t + i < stop ? filter.next(current) : Vec{});
             }
         }
-        for (; t < end; t++) {
-            store(to, Vec{});
-            to += C;
-        }
+        for (; t < end; t++) store(y + int64_t{t} * C, Vec{});
     }
 }
 
 template <typename T, int kWidth, int kVec>
-__global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a) {
+__global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a, int32_t row) {
     using Kernel = Filter<T, kWidth, kVec>;
     constexpr int kTaps = Kernel::kTaps, kKept = kTaps - 1;
     constexpr int kPack = 16 / sizeof(T);  // of the state, as of x where kWidth is not 0
@@ -223,7 +219,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a)
     const int elements = min(kStepThreads * kVec, C - first) * (width - 1);
 
     Pack<T, kVec> x{};
-    if (c < C) x = load_constant<T, kVec>(static_cast<const T*>(a.x) + b * C + c);
+    if (c < C) x = load<T, kVec>(static_cast<const T*>(a.x) + b * row + c);  // which y may overwrite
     const bool used = a.seq_lens[b] > 0;
     // All loads before the first shared store waits for one.
     constexpr int kMoved = kWidth > 0 ? kPack : 1, kMoves = kVec * kKept / kMoved;
@@ -272,7 +268,7 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a)
             }
         }
     }
-    if (c < C) store(static_cast<T*>(a.y) + b * C + c, y);
+    if (c < C) store(static_cast<T*>(a.y) + b * row + c, y);
     __syncthreads();
     if (!used && old == fresh) return;
 #pragma unroll
@@ -286,16 +282,16 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a)
 namespace {
 
 template <typename T, int kWidth, int kVec>
-cudaError_t step(const MambaCausalConv1d& a, cudaStream_t stream) {
+cudaError_t step(const MambaCausalConv1d& a, int32_t row, cudaStream_t stream) {
     const int64_t channel_blocks = ceil_div(a.channels, kStepThreads * kVec);
     if (channel_blocks > 65535) return cudaErrorInvalidValue;
     const dim3 grid(a.batch, static_cast<unsigned>(channel_blocks));
-    step_kernel<T, kWidth, kVec><<<grid, kStepThreads, 0, stream>>>(a);
+    step_kernel<T, kWidth, kVec><<<grid, kStepThreads, 0, stream>>>(a, row);
     return cudaGetLastError();
 }
 
 template <typename T, int kWidth, int kVec>
-cudaError_t prompt(const MambaCausalConv1d& a, cudaStream_t stream) {
+cudaError_t prompt(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t stream) {
     const int64_t channel_blocks = ceil_div(a.channels, kLanes * kVec), rows = std::min(a.batch, 65535);
     // Short runs fill the GPU, long ones read less twice: the shortest for which all blocks run at once.
     Device device;
@@ -307,11 +303,13 @@ cudaError_t prompt(const MambaCausalConv1d& a, cudaStream_t stream) {
     if (width > INT_MAX) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(width), static_cast<unsigned>(rows));
     prompt_kernel<T, kWidth, kVec>
-        <<<grid, dim3(kLanes, kRuns), 0, stream>>>(a, static_cast<unsigned>(channel_blocks), run_length);
+        <<<grid, dim3(kLanes, kRuns), 0, stream>>>(a, x_row, static_cast<unsigned>(channel_blocks), run_length);
     return cudaGetLastError();
 }
 
-cudaError_t run(const MambaCausalConv1d& a, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t run(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t stream) {
     const bool sizes = a.batch > 0 && a.length > 0 && a.length <= 1 << 20 && a.channels > 0 && a.width >= 2 &&
                        a.width <= kMaxWidth;
     if (!sizes || a.activation < MAMBA_ACTIVATION_NONE || a.activation > MAMBA_ACTIVATION_SILU) {
@@ -326,16 +324,15 @@ cudaError_t run(const MambaCausalConv1d& a, cudaStream_t stream) {
     with_dtype(a.dtype, [&](auto t) {
         using T = decltype(t);
         constexpr int kVec = 16 / sizeof(T);
-        if (!aligned || a.width != 4 || a.channels % kVec != 0) {
-            error = a.length == 1 ? step<T, 0, 1>(a, stream) : prompt<T, 0, 1>(a, stream);
+        if (!aligned || a.width != 4 || a.channels % kVec != 0 || x_row % kVec != 0) {
+            error = a.length == 1 ? step<T, 0, 1>(a, x_row, stream) : prompt<T, 0, 1>(a, x_row, stream);
         } else {
-            error = a.length == 1 ? step<T, 4, kVec>(a, stream) : prompt<T, 4, 4>(a, stream);
+            error = a.length == 1 ? step<T, 4, kVec>(a, x_row, stream) : prompt<T, 4, 4>(a, x_row, stream);
         }
     });
     return error;
 }
 
-}  // namespace
 #endif
 }  // namespace conv
 }  // namespace mamba
@@ -345,6 +342,6 @@ cudaError_t run(const MambaCausalConv1d& a, cudaStream_t stream) {
 extern "C" size_t mamba_causal_conv1d_workspace(const MambaCausalConv1d*) { return 0; }
 
 extern "C" int mamba_causal_conv1d(const MambaCausalConv1d* call, void*, void* stream) {
-    return mamba::conv::run(*call, static_cast<cudaStream_t>(stream));
+    return mamba::conv::run(*call, call->channels, static_cast<cudaStream_t>(stream));
 }
 #endif

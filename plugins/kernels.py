@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins.arrays import Array, as_array, check_devices, check_overlap, check_pointer, stream_handle
 from mamba_deploy.plugins.rules import OPS, Op, Tensor
+from mamba_deploy.plugins.rules_step import PARTS
 
 __all__ = [
     "Kernels",
@@ -27,6 +28,8 @@ __all__ = [
     "MambaHead",
     "MambaInProj",
     "MambaLastToken",
+    "MambaLayer",
+    "MambaModel",
     "MambaOutProj",
     "MambaSampleToken",
     "MambaSelectiveScan",
@@ -82,6 +85,7 @@ _ERROR_HINTS = {
     200: _REBUILD,
     209: _REBUILD,
     222: "the driver is older than the CUDA toolkit that compiled the library: " + _REBUILD,
+    303: "libcublas was not found: pip install nvidia-cublas-cu12, or install the libraries of CUDA",
     35: "the driver is older than the CUDA toolkit that compiled the library",
     400: "the stream and the arrays must belong to the current device and its primary context",
     700: "an earlier kernel may have caused this: compute-sanitizer finds it; the process must be started again",
@@ -185,6 +189,27 @@ class MambaHead(ctypes.Structure):
     _fields_ = _fields("batch length width vocab dtype", "hidden norm_weight weight y", floats="eps")
 
 
+class MambaLayer(ctypes.Structure):
+    """As in ``mamba_kernels.h``."""
+
+    _fields_ = _fields(
+        "",
+        "norm_weight in_proj in_proj_bias conv_weight conv_bias conv_state x_proj dt_proj A D dt_bias ssm_state "
+        "gate_norm out_proj out_proj_bias conv_state_out ssm_state_out",
+    )
+
+
+class MambaModel(ctypes.Structure):
+    """As in ``mamba_kernels.h``; ``each`` is the address of an array of :class:`MambaLayer`, which must be kept."""
+
+    _fields_ = _fields(
+        "batch length layers width outputs channels conv_width inner state_size rank heads head_dim groups vocab dtype "
+        "state_dtype skip_per_channel all_logits",
+        "input_ids seq_lens embedding norm_weight head logits each",
+        floats="eps norm_eps dt_min dt_max",
+    )
+
+
 class MambaSampleToken(ctypes.Structure):
     """As in ``mamba_kernels.h``."""
 
@@ -212,6 +237,7 @@ class _Op(NamedTuple):
     struct: type[ctypes.Structure]
     sizes: Mapping[str, str]  # symbol: field
     arguments: tuple[_Argument, ...]  # in an order in which H*P comes after H and P
+    optional_sizes: frozenset[str] = frozenset()  # fields that not every call has
 
 
 def _op(struct: type[ctypes.Structure], rule: Op) -> _Op:
@@ -224,9 +250,33 @@ def _op(struct: type[ctypes.Structure], rule: Op) -> _Op:
     return _Op(struct, rule.sizes, tuple(arguments))
 
 
-_STEP_STRUCTS = (MambaInProj, MambaXProj, MambaSelectiveUpdate, MambaSsdUpdate, MambaOutProj, MambaHead)
-_STRUCTS = (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken, *_STEP_STRUCTS)
-_OPS = {OPS[struct.__name__].kernel: _op(struct, OPS[struct.__name__]) for struct in _STRUCTS}
+def _model_arguments(kind: str, layers: int) -> list[_Argument]:
+    """Of an operator of a whole model. The state of a layer comes first, as it has every factor of H*P."""
+    rule = OPS[kind]
+    arguments = [_Argument(tensor.name, tensor.name, tensor) for tensor in rule.inputs]
+    arguments += [_Argument(tensor.name, tensor.name, tensor, output=True) for tensor in rule.outputs]
+    for i in range(layers):
+        own = f"layers[{i}]."
+        inputs = [_Argument(own + tensor.name, tensor.name, tensor) for tensor in rule.layer_inputs]
+        arguments += sorted(inputs, key=lambda argument: argument.tensor.dtype != "S")
+        for tensor in rule.layer_outputs:
+            state = own + tensor.name.removesuffix("_out")
+            arguments.append(_Argument(own + tensor.name, tensor.name, tensor, output=True, may_be=state))
+    return arguments
+
+
+_PARTS = (MambaInProj, MambaXProj, MambaSelectiveUpdate, MambaSsdUpdate, MambaOutProj, MambaHead)
+_OPS = {
+    OPS[struct.__name__].kernel: _op(struct, OPS[struct.__name__])
+    for struct in (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken)
+}
+_OPS |= {PARTS[struct.__name__].kernel: _op(struct, PARTS[struct.__name__]) for struct in _PARTS}
+_OPS["model"] = _Op(
+    MambaModel,
+    {**OPS["MambaModel"].sizes, **OPS["Mamba2Model"].sizes, "layers": "layers"},
+    (),
+    frozenset(("inner", "rank", "heads", "head_dim", "groups")),
+)
 # No operator of a graph, so ``rules`` has not heard of it.
 _OPS["sample_token"] = _Op(
     MambaSampleToken,
@@ -326,6 +376,43 @@ def _as_workspace(given: Any, needed: int) -> Array:
         raise PluginError(f"workspace has {array.bytes} bytes: expected {needed}")
     check_pointer(array, WORKSPACE_ALIGNMENT)
     return array
+
+
+def _checked(
+    arguments: Sequence[_Argument],
+    values: Sequence[Any],
+    sizes: dict[str, int],
+    dtype: str | None,
+    state_dtype: str | None,
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """The arrays that are there, by name, and what T and S are; ``sizes`` gets what the shapes say.
+
+    Raises:
+        PluginError: An array is not what its argument asks for.
+    """
+    arrays: dict[str, Array] = {}
+    types: dict[str, str] = {}
+    said = {"T": dtype, "S": state_dtype}
+    for argument, value in zip(arguments, values, strict=True):
+        if value is not None:
+            arrays[argument.name] = as_array(argument.name, value)
+        elif not argument.tensor.optional:
+            raise PluginError(f"{argument.name} is None: expected an array")
+    for letter, name in (("T", "dtype"), ("S", "state_dtype")):
+        first = next((a.name for a in arguments if a.tensor.dtype == letter and not a.output), None)
+        if first is not None:
+            types[letter] = _float_dtype(arrays[first], name, said[letter])
+    for argument in arguments:
+        if argument.name not in arrays:
+            continue
+        array, letter = arrays[argument.name], argument.tensor.dtype
+        _check_dtype(array, types.get(letter, letter), said.get(letter) is not None)
+        _check_shape(array, argument.tensor, sizes)
+        check_pointer(array, array.item_bytes)  # the kernels look themselves for what they may load at once
+        if argument.output and not array.writable:
+            raise PluginError(f"{argument.name} is read-only: expected an array to write to")
+    _check_sizes(sizes)
+    return arrays, types
 
 
 # --- the library -------------------------------------------------------------------------------------------------
@@ -592,6 +679,92 @@ class Kernels:
         """
         self._run("head", (hidden, norm_weight, weight, y), {"eps": eps}, workspace, stream, dtype)
 
+    # --- a whole model
+
+    def model(
+        self,
+        input_ids: Any,
+        seq_lens: Any,
+        embedding: Any,
+        norm_weight: Any,
+        head: Any,
+        layers: Sequence[Mapping[str, Any]],
+        eps: float = 1e-5,
+        norm_eps: float = -1.0,
+        dt_min: float = 0.0,
+        dt_max: float = math.inf,
+        n_groups: int = 1,
+        *,
+        logits: Any,
+        workspace: Any = None,
+        stream: Any = 0,
+        dtype: str | None = None,
+        state_dtype: str | None = None,
+    ) -> None:
+        """Tokens to logits.
+
+        Args:
+            input_ids: int32 [B, L].
+            seq_lens: int32 [B].
+            embedding: [V, d].
+            norm_weight: float32 [d], of the last norm.
+            head: [V, d], or None where it is the embedding.
+            layers: Of each layer its arrays by their names in ``MambaLayer``; what may be null may be absent or None.
+                Mamba has x_proj and dt_proj, Mamba-2 has not. A state may go out where it came in.
+            eps: Of the norms.
+            norm_eps: Of Falcon-Mamba's norms in the scan; negative: none.
+            dt_min: As in :meth:`ssd_scan`, like the next two; Mamba-2 alone.
+            dt_max: Upper limit.
+            n_groups: G.
+            logits: float32 [B, V], at the last token that each row uses, or [B, L, V].
+            workspace: As in every call, like the next three; dtype is that of the embedding.
+            stream: A number or a stream.
+            dtype: float32, float16 or bfloat16.
+            state_dtype: Of ssm_state.
+        """
+        if not layers:
+            raise PluginError("layers is empty: expected at least one")
+        if not dt_min <= dt_max:
+            raise PluginError(f"dt_min is {dt_min} and dt_max is {dt_max}: expected dt_min <= dt_max")
+        is_mamba2 = layers[0].get("x_proj") is None
+        kind = "Mamba2Model" if is_mamba2 else "MambaModel"
+        arguments = _model_arguments(kind, len(layers))
+        own: dict[str, Any] = {
+            "input_ids": input_ids,
+            "seq_lens": seq_lens,
+            "embedding": embedding,
+            "norm_weight": norm_weight,
+            "head": head,
+            "logits": logits,
+        }
+        for i, layer in enumerate(layers):
+            own.update((f"layers[{i}].{name}", value) for name, value in layer.items() if value is not None)
+        if unknown := own.keys() - {argument.name for argument in arguments}:
+            raise PluginError(f"{min(unknown)} is no array of a layer of this kind of model")
+        sizes = {"G": n_groups} if is_mamba2 else {}
+        arrays, types = _checked(arguments, [own.get(a.name) for a in arguments], sizes, dtype, state_dtype)
+        skips = {len(arrays[a.name].shape) for a in arguments if a.field == "D" and a.name in arrays}
+        if len(skips) > 1:
+            raise PluginError("D is [H] in one layer and [H, P] in another: expected one form")
+        call = MambaModel(
+            layers=len(layers), groups=n_groups, skip_per_channel=skips == {2},
+            all_logits=len(arrays["logits"].shape) == 3, eps=eps, norm_eps=norm_eps, dt_min=dt_min, dt_max=dt_max,
+        )  # fmt: skip
+        for symbol, size in sizes.items():
+            if symbol in OPS[kind].sizes:
+                setattr(call, OPS[kind].sizes[symbol], size)
+        if is_mamba2:
+            call.inner = call.heads * call.head_dim
+        each = (MambaLayer * len(layers))()
+        for argument in arguments:
+            if argument.name in arrays:
+                at, _, _ = argument.name.removeprefix("layers[").partition("]")
+                setattr(each[int(at)] if at.isdigit() else call, argument.field, arrays[argument.name].pointer)
+        call.head = call.head or call.embedding
+        call.each = ctypes.addressof(each)
+        _set_dtypes(call, types["T"], types["S"])
+        self._enqueue("model", call, arguments, arrays, workspace, stream)
+
     def sample_token(
         self,
         logits: Any,
@@ -656,15 +829,18 @@ class Kernels:
             op: The method's name, ``ssd_scan`` say.
             dtype: Of x, or of the weight.
             state_dtype: Of ssm_state.
-            **sizes: Every size in the op's struct by its name there: batch, length, channels and so on.
+            **sizes: Every size in the op's struct by its name there: batch, length, channels and so on; of ``model``
+                those of Mamba, or of Mamba-2 without ``inner``.
         """
         if op not in _OPS:
             raise PluginError(f"op is {op!r}: expected one of {', '.join(_OPS)}")
         names = list(_OPS[op].sizes.values())
-        if sizes.keys() != set(names):
+        if not set(names) - _OPS[op].optional_sizes <= sizes.keys() <= set(names):
             raise PluginError(f"{op} was given the sizes {', '.join(sizes)}: expected {', '.join(names)}")
-        _check_sizes({symbol: sizes[name] for symbol, name in _OPS[op].sizes.items()})
+        _check_sizes({symbol: sizes[name] for symbol, name in _OPS[op].sizes.items() if name in sizes})
         call = _OPS[op].struct(**sizes)
+        if isinstance(call, MambaModel) and call.heads:
+            call.inner = call.heads * call.head_dim
         _set_dtypes(call, _check_name("dtype", dtype), _check_name("state_dtype", state_dtype))
         return self._workspace_bytes(op, call)
 
@@ -683,32 +859,8 @@ class Kernels:
     ) -> None:
         op = _OPS[name]
         values = dict(zip(_pointers(op.struct), given, strict=True))
-        arrays = {}
-        for argument in op.arguments:
-            if values[argument.field] is not None:
-                arrays[argument.name] = as_array(argument.name, values[argument.field])
-            elif not argument.tensor.optional:
-                raise PluginError(f"{argument.name} is None: expected an array")
-        types = {}
-        first = next((a.name for a in op.arguments if a.tensor.dtype == "T"), None)
-        if first is not None:
-            types["T"] = _float_dtype(arrays[first], "dtype", dtype)
-        if "ssm_state" in arrays:
-            types["S"] = _float_dtype(arrays["ssm_state"], "state_dtype", state_dtype)
-        said = {"T": dtype is not None, "S": state_dtype is not None}
         sizes = {"G": constants["groups"]} if "groups" in constants else {}
-        for argument in op.arguments:
-            if argument.name not in arrays:
-                continue
-            array = arrays[argument.name]
-            letter = argument.tensor.dtype
-            _check_dtype(array, types.get(letter, letter), said.get(letter, False))
-            _check_shape(array, argument.tensor, sizes)
-            check_pointer(array, array.item_bytes)  # the kernels look themselves for what they may load at once
-            if argument.output and not array.writable:
-                raise PluginError(f"{argument.name} is read-only: expected an array to write to")
-        _check_sizes(sizes)
-
+        arrays, types = _checked(op.arguments, [values[a.field] for a in op.arguments], sizes, dtype, state_dtype)
         call = op.struct(**constants)
         for symbol, size in sizes.items():
             setattr(call, op.sizes[symbol], size)
@@ -716,8 +868,19 @@ class Kernels:
             if argument.name in arrays:
                 setattr(call, argument.field, arrays[argument.name].pointer)
         _set_dtypes(call, types.get("T", "float32"), types.get("S", "float32"))
+        self._enqueue(name, call, op.arguments, arrays, workspace, stream)
 
-        allowed = {argument.name: argument.may_be for argument in op.arguments if argument.output}
+    def _enqueue(
+        self,
+        name: str,
+        call: ctypes.Structure,
+        arguments: Sequence[_Argument],
+        arrays: Mapping[str, Array],
+        workspace: Any,
+        stream: Any,
+    ) -> None:
+        """Check the workspace, and what lies where, and launch."""
+        allowed = {argument.name: argument.may_be for argument in arguments if argument.output}
         needed = self._workspace_bytes(name, call)
         used = list(arrays.values())
         if needed:

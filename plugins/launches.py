@@ -5,11 +5,13 @@ A test records what the compiled launchers do for random calls and compares ever
 
 from __future__ import annotations
 
-from ctypes import c_int32, c_uint32, c_void_p
+from ctypes import c_int32, c_void_p
 from typing import Any
 
-from mamba_deploy.plugins import launches_scan, launches_ssd, launches_step
-from mamba_deploy.plugins.launches_common import BYTES, MAX_GRID_Y, TYPES, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins import launches_model, launches_scan, launches_ssd, launches_step
+from mamba_deploy.plugins.launches_common import BYTES, MAX_GRID_Y, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_conv import causal_conv1d
+from mamba_deploy.plugins.launches_model import model
 from mamba_deploy.plugins.launches_scan import selective_scan
 from mamba_deploy.plugins.launches_ssd import ssd_scan, ssd_update
 from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, selective_update, x_proj
@@ -20,6 +22,7 @@ __all__ = [
     "head",
     "in_proj",
     "last_token",
+    "model",
     "out_proj",
     "sample_token",
     "selective_scan",
@@ -29,29 +32,6 @@ __all__ = [
     "workspace_bytes",
     "x_proj",
 ]
-
-
-def causal_conv1d(call: Any, workspace: int, device: Device) -> list[Launch]:
-    """As the launcher in ``causal_conv1d.cu``: call is its struct, workspace an address."""
-    T, item = TYPES[call.dtype], BYTES[call.dtype]
-    vector = 16 // item
-    tuned = call.width == 4 and call.channels % vector == 0
-    tuned = tuned and are_aligned(call, "x weight bias conv_state y conv_state_out", 16)
-    if call.length == 1:
-        width, vec, threads = (4, vector, 64) if tuned else (0, 1, 64)
-        grid = (call.batch, ceil_div(call.channels, threads * vec))
-        return [
-            Launch("causal_conv1d.cu", kernel_name("conv", "step_kernel", T, width, vec), grid, (threads,), 0, (call,))
-        ]
-    width, vec = (4, 4) if tuned else (0, 1)
-    lanes, runs_of_block, resident = 32, 4, 6 if item == 2 else 5
-    channel_blocks, rows = ceil_div(call.channels, lanes * vec), min(call.batch, MAX_GRID_Y)
-    runs = max(1, device.multiprocessors * resident // (channel_blocks * rows)) * runs_of_block
-    run_length = min(max(ceil_div(call.length, 4 * runs) * 4, 8), 64)
-    grid = (channel_blocks * ceil_div(call.length, run_length * runs_of_block), rows)
-    arguments = (call, c_uint32(channel_blocks), c_int32(run_length))
-    name = kernel_name("conv", "prompt_kernel", T, width, vec)
-    return [Launch("causal_conv1d.cu", name, grid, (lanes, runs_of_block), 0, arguments)]
 
 
 def last_token(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -75,6 +55,8 @@ def sample_token(call: Any, workspace: int, device: Device) -> list[Launch]:
 
 def workspace_bytes(op: str, call: Any) -> int:
     """As ``mamba_OP_workspace`` in C."""
+    if op == "model":
+        return launches_model.workspace_bytes(call)
     if op == "selective_scan":
         floats = launches_scan.workspace_floats(call)
     elif op == "ssd_scan":

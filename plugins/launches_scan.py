@@ -13,9 +13,14 @@ from mamba_deploy.plugins.nvrtc import Device, Launch
 __all__ = ["selective_scan", "workspace_floats"]
 
 
-def selective_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
-    """As the launcher in ``selective_scan.cu``: call is its struct, workspace an address."""
-    return [_scan_step(call)] if call.length == 1 else _scan_prompt(call, workspace, device)
+def selective_scan(call: Any, workspace: int, device: Device, rows: tuple[int, int] | None = None) -> list[Launch]:
+    """As the launcher in ``selective_scan.cu``: call is its struct, workspace an address.
+
+    ``rows``: values from one token to the next of B and C, and rows of x to the next of z, where they are not dense.
+    """
+    if call.length == 1:
+        return [_scan_step(call)]
+    return _scan_prompt(call, rows or (call.state_size, 1), workspace, device)
 
 
 _PROMPT = "selective_scan_prompt.cuh"
@@ -61,6 +66,8 @@ class _PromptPlan(ctypes.Structure):
         *((name, c_int32) for name in ("quads", "groups", "scanners", "stagers", "chunks", "chunk_length")),
         ("vectors", ctypes.c_bool),
         ("states", c_int32),
+        ("group_row", c_int32),
+        ("z_rows", c_int32),
         ("B", c_void_p),
         ("C", c_void_p),
         ("chunk_states", c_void_p),
@@ -92,16 +99,16 @@ def workspace_floats(call: Any) -> int:
     return _chunk_floats(call) + 2 * _padded_floats(call)
 
 
-def _scan_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
+def _scan_prompt(call: Any, rows: tuple[int, int], workspace: int, device: Device) -> list[Launch]:
     room, floats = _scan_room(call), _padded_floats(call)
-    before, states = [], (call.state_size, call.B, call.C)
+    before, states = [], _States(call.state_size, *rows, call.B, call.C)
     if workspace and floats:
-        N, to_N, rows = call.state_size, padded_size(call.state_size), call.batch * call.length
+        N, to_N, tokens = call.state_size, padded_size(call.state_size), call.batch * call.length
         start = workspace + 4 * _chunk_floats(call)
-        states = (to_N, start, start + 4 * floats)
+        states = _States(to_N, to_N, rows[1], start, start + 4 * floats)
         item = BYTES[call.dtype]
-        for source, copy in zip((call.B, call.C), states[1:], strict=True):
-            before.append(pad_launch(Copy(source, copy, rows, (1, N), (1, to_N), item)))
+        for source, copy in ((call.B, states.B), (call.C, states.C)):
+            before.append(pad_launch(Copy(source, copy, tokens, (1, N), (1, to_N), item)))
     if room > 1:
         length = ceil_div(ceil_div(call.length, room), 32) * 32
         shape = _FEW_BLOCKS_32 if call.state_size > 16 else _MANY
@@ -141,21 +148,31 @@ def _scan_shape(call: Any, device: Device) -> tuple[_Shape, int]:
     return _MEDIUM, best(5, 6, 7, 8, 9, 10)
 
 
+class _States(NamedTuple):
+    """Values of B and of C, from one token's to the next, rows of x from one of z to the next; where B and C are."""
+
+    values: int
+    row: int
+    z_rows: int
+    B: int
+    C: int
+
+
 def _scan_plan(
-    call: Any, shape: _Shape, quads: int, chunks: int, chunk_length: int, workspace: int, states: tuple[int, int, int]
+    call: Any, shape: _Shape, quads: int, chunks: int, chunk_length: int, workspace: int, states: _States
 ) -> _PromptPlan:
-    """``states``: values of a row of B and of C, and where the two are."""
     stagers = max(
         ceil_div(shape.step * quads, 32 * shape.items),
         ceil_div(shape.step * shape.states * shape.lanes // shape.wide, 32 * shape.packs),
     )
-    count, B, C = states
+    count, row, z_rows, B, C = states
     vectors = call.channels % 4 == 0 and count % shape.wide == 0 and B % 16 == C % 16 == 0
+    vectors = vectors and row * BYTES[call.dtype] % 16 == 0
     vectors = vectors and are_aligned(call, "x dt z y", 4 * BYTES[call.dtype])
     steps = workspace + 4 * call.batch * chunks * call.channels * call.state_size if chunks > 1 else None
     return _PromptPlan(
         quads, ceil_div(call.channels, 4 * quads), 4 * quads * shape.lanes // 32, stagers, chunks, chunk_length,
-        vectors, count, B, C, workspace or None, steps,
+        vectors, count, row, z_rows, B, C, workspace or None, steps,
     )  # fmt: skip
 
 

@@ -13,10 +13,13 @@ from mamba_deploy.plugins.nvrtc import Device, Launch
 __all__ = ["ssd_scan", "ssd_update", "workspace_floats"]
 
 
-def ssd_scan(call: Any, workspace: int, device: Device) -> list[Launch]:
-    """As the launcher in ``ssd_scan.cu``: call is its struct, workspace an address."""
+def ssd_scan(call: Any, workspace: int, device: Device, rows: tuple[int, int, int] | None = None) -> list[Launch]:
+    """As the launcher in ``ssd_scan.cu``: call is its struct, workspace an address.
+
+    ``rows``: values from one token to the next of x, of B and C, and of dt, where they are not dense.
+    """
     if call.length > 1:
-        return _ssd_prompt(call, workspace, device)
+        return _ssd_prompt(call, rows, workspace, device)
     channels, group_row = call.heads * call.head_dim, call.groups * call.state_size
     return [_ssd_step(call, _Places(call.x, call.B, call.C, call.dt, None, channels, group_row, call.heads, 0))]
 
@@ -70,6 +73,10 @@ def _ssd_step(call: Any, at: _Places) -> Launch:
 
 class _Segments(ctypes.Structure):
     _fields_ = [("count", c_int32), ("length", c_int32), ("states", c_void_p), ("decays", c_void_p)]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [("x", c_int32), ("group", c_int32), ("dt", c_int32)]
 
 
 class _Layout(ctypes.Structure):
@@ -148,29 +155,32 @@ def _padding(call: Any, workspace: int) -> _Padding:
     return _Padding(to, before, after, end)
 
 
-def _ssd_prompt(call: Any, workspace: int, device: Device) -> list[Launch]:
+def _ssd_prompt(call: Any, given: tuple[int, int, int] | None, workspace: int, device: Device) -> list[Launch]:
     padded = workspace and _is_padded(call)
     inner, before, after, _ = _padding(call, workspace) if padded else _Padding(call, [], [], 0)
-    aligned = inner.head_dim % 8 == 0 and inner.state_size % 8 == 0 and are_aligned(inner, "x y B C", 16)
+    rows = _Rows(*(given or (call.heads * call.head_dim, call.groups * call.state_size, call.heads)))
+    of_inner = _Rows(inner.heads * inner.head_dim, inner.groups * inner.state_size, rows.dt) if padded else rows
+    aligned = inner.head_dim % 8 == inner.state_size % 8 == of_inner.x % 8 == of_inner.group % 8 == 0
+    aligned = aligned and are_aligned(inner, "x y B C", 16)
     if BYTES[call.dtype] == 2 and call.length > 4 and aligned and device.major >= 8:
-        chunked = _ssd_chunked(inner, workspace, device)
+        chunked = _ssd_chunked(inner, of_inner, workspace, device)
         if chunked:
             return [*map(pad_launch, before), *chunked, *map(pad_launch, after)]
     T = TYPES[call.dtype]
     lanes = next(lanes for lanes in (4, 8, 16, 32) if call.state_size <= 8 * lanes)
     warps = 2 if lanes == 4 else 4
-    rows = warps * 4 * 32 // lanes
-    tiles = ceil_div(call.head_dim, rows)
+    block_rows = warps * 4 * 32 // lanes
+    tiles = ceil_div(call.head_dim, block_rows)
     segments = _segments(call, tiles, device, (4.0, 0.6, 0.7), workspace)
-    shared = 4 * 16 * (2 * 8 * lanes + 2 * rows + 2)
+    shared = 4 * 16 * (2 * 8 * lanes + 2 * block_rows + 2)
 
     def kernel(output: bool) -> tuple[str, str, int, int]:
         return "ssd_recurrent.cuh", kernel_name("ssd", "recurrent_kernel", T, lanes, output), 32 * warps, shared
 
-    return _ssd_launches(call, segments, tiles, kernel(False), kernel(True), c_uint32(tiles))
+    return _ssd_launches(call, rows, segments, tiles, kernel(False), kernel(True), c_uint32(tiles))
 
 
-def _ssd_chunked(call: Any, workspace: int, device: Device) -> list[Launch]:
+def _ssd_chunked(call: Any, rows: _Rows, workspace: int, device: Device) -> list[Launch]:
     """On the tensor cores; none where a block's shared memory does not suffice."""
     nt = next(nt for nt in (64, 128, 256) if call.state_size <= nt)
     load, most = (1, 32) if nt > 128 else (2, 80)
@@ -197,7 +207,7 @@ def _ssd_chunked(call: Any, workspace: int, device: Device) -> list[Launch]:
         threads = 32 * ((4 if output else 0) + 1 + load) + 2 * channels
         return "ssd_prompt.cuh", name, threads, shared(channels, stages, output)
 
-    return _ssd_launches(call, segments, tiles, kernel(False), kernel(True), _Layout(tiles, channels, stages))
+    return _ssd_launches(call, rows, segments, tiles, kernel(False), kernel(True), _Layout(tiles, channels, stages))
 
 
 def _segments(call: Any, tiles: int, device: Device, costs: tuple[float, float, float], workspace: int) -> _Segments:
@@ -225,6 +235,7 @@ def _segments(call: Any, tiles: int, device: Device, costs: tuple[float, float, 
 
 def _ssd_launches(
     call: Any,
+    rows: _Rows,
     segments: _Segments,
     tiles: int,
     states: tuple[str, str, int, int],
@@ -236,12 +247,12 @@ def _ssd_launches(
     found = []
     if count > 1:
         source, name, threads, shared = states
-        found.append(Launch(source, name, (width, count - 1), (threads,), shared, (call, segments, layout)))
+        found.append(Launch(source, name, (width, count - 1), (threads,), shared, (call, rows, segments, layout)))
         grid = (ceil_div(call.batch * call.heads * call.head_dim * call.state_size, 256),)
         passing = "mamba::ssd::pass_states_kernel"
         found.append(Launch("ssd_recurrent.cuh", passing, grid, (256,), 0, (call, segments)))
     source, name, threads, shared = output
-    return [*found, Launch(source, name, (width, count), (threads,), shared, (call, segments, layout))]
+    return [*found, Launch(source, name, (width, count), (threads,), shared, (call, rows, segments, layout))]
 
 
 class _Divisor(ctypes.Structure):

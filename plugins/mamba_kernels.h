@@ -161,6 +161,44 @@ typedef struct MambaHead {
     float* y;                 /* [B, V] */
 } MambaHead;
 
+/* A layer of MambaModel. Weights of products are [inputs, outputs]. D is H P in Mamba-2. */
+typedef struct MambaLayer {
+    const float* norm_weight;   /* [d] */
+    const void* in_proj;        /* [d, M] T; outputs x and z (M = 2 D), or z, x, B, C and dt (M = 2 H P + 2 G N + H) */
+    const void* in_proj_bias;   /* [M] T, or null */
+    const void* conv_weight;    /* [C, K] T; C = D, or H P + 2 G N */
+    const void* conv_bias;      /* [C] T, or null */
+    const void* conv_state;     /* [B, C, K-1] T, oldest first */
+    const void* x_proj;         /* [D, R + 2 N] T; null in Mamba-2 */
+    const void* dt_proj;        /* [R, D] T; null in Mamba-2 */
+    const float* A;             /* [D, N], or [H], negative */
+    const float* D;             /* [D], or [H] or [H, P]; may be null */
+    const float* dt_bias;       /* [D], or [H]; may be null */
+    const void* ssm_state;      /* [B, D, N], or [B, H, P, N] S */
+    const float* gate_norm;     /* [H P] of Mamba-2's norm of the gated scan, or null */
+    const void* out_proj;       /* [D, d] T */
+    const void* out_proj_bias;  /* [d] T, or null */
+    void* conv_state_out;
+    void* ssm_state_out;
+} MambaLayer;
+
+/* The whole model: tokens to logits, of the last token that each row uses or of all. Weights of products, the embedding
+ * and the head lie at addresses and have rows that are multiples of 16 bytes. An id out of range reads the nearest row. */
+typedef struct MambaModel {
+    int32_t batch, length, layers, width, outputs, channels, conv_width, inner, state_size; /* B, L, n_layer, d, M, C, K, D, N */
+    int32_t rank, heads, head_dim, groups, vocab; /* R (0 in Mamba-2), H and P (0 in Mamba), G, V */
+    int32_t dtype, state_dtype, skip_per_channel, all_logits;
+    float eps, norm_eps;        /* of the norms; of Falcon-Mamba's norms in the scan, negative: none */
+    float dt_min, dt_max;
+    const int32_t* input_ids;   /* [B, L] */
+    const int32_t* seq_lens;    /* [B] */
+    const void* embedding;      /* [V, d] T */
+    const float* norm_weight;   /* [d], before the head */
+    const void* head;           /* [V, d] T; the embedding where they are tied */
+    float* logits;              /* [B, V], or [B, L, V] */
+    const MambaLayer* each;     /* [n_layer], in host memory, read before the call returns */
+} MambaModel;
+
 /* Row b has been sampled i = steps[b] times, to which 1 is added. It reads uniform and writes log at [i % capacity, b],
  * which may lie in host memory that the device sees. A row with a logit that is NaN or infinite has -1 in log and 0 in
  * tokens. What is kept of the vocabulary, and the order of the filters, is that of runtime/sampling.py. */
@@ -192,8 +230,11 @@ size_t mamba_selective_update_workspace(const MambaSelectiveUpdate* call);
 size_t mamba_ssd_update_workspace(const MambaSsdUpdate* call);
 size_t mamba_out_proj_workspace(const MambaOutProj* call);
 size_t mamba_head_workspace(const MambaHead* call);
+size_t mamba_model_workspace(const MambaModel* call);
 
-/* stream is a cudaStream_t. An unknown dtype or a size out of range is cudaErrorInvalidValue. */
+/* stream is a cudaStream_t. An unknown dtype or a size out of range is cudaErrorInvalidValue. mamba_model() opens cuBLAS for
+ * prompts and for many rows, which allocates memory of its own when it is first used in a context; where there is none it
+ * is cudaErrorSharedObjectInitFailed. */
 int mamba_causal_conv1d(const MambaCausalConv1d* call, void* workspace, void* stream);
 int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* stream);
 int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream);
@@ -205,6 +246,7 @@ int mamba_selective_update(const MambaSelectiveUpdate* call, void* workspace, vo
 int mamba_ssd_update(const MambaSsdUpdate* call, void* workspace, void* stream);
 int mamba_out_proj(const MambaOutProj* call, void* workspace, void* stream);
 int mamba_head(const MambaHead* call, void* workspace, void* stream);
+int mamba_model(const MambaModel* call, void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

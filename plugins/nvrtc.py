@@ -10,16 +10,18 @@ import contextlib
 import ctypes
 import hashlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from mamba_deploy.errors import PluginError, require
+from mamba_deploy.plugins import cublas
 from mamba_deploy.plugins.build import PRODUCTS, SOURCES, cache_folder, sources_hash
 from mamba_deploy.plugins.toolchain import find_cuda_headers
 
-__all__ = ["Device", "Launch", "Program", "compile_kernel", "current_device", "launch"]
+__all__ = ["Device", "Gemm", "Launch", "Program", "compile_kernel", "current_device", "launch"]
 
 # What the sources ask of a host's C library; NVRTC brings memcpy itself.
 _HEADERS = {
@@ -45,6 +47,23 @@ class Launch(NamedTuple):
     shared: int  # bytes of dynamic shared memory
     arguments: tuple[Any, ...]  # of ctypes
     cluster: int = 1  # blocks of a cluster, along x
+
+
+class Gemm(NamedTuple):
+    """A product by cuBLAS, y = x W or y + x W: as Product in ``cublas.h``, with the dtype and cuBLAS's workspace."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    x: int
+    x_row: int
+    w: int
+    by_outputs: bool
+    y: int
+    wide: bool
+    add: bool
+    dtype: int
+    workspace: int
 
 
 class Device(NamedTuple):
@@ -97,8 +116,8 @@ def _describe(number: int) -> Device:
     return Device(architecture, _code_architecture(architecture) // 10, multiprocessors, shared_bytes)
 
 
-def launch(launches: list[Launch], device: Device, stream: int) -> None:
-    """Enqueue kernels one after the other; the first time each is compiled, or read from the cache.
+def launch(launches: Sequence[Launch | Gemm], device: Device, stream: int) -> None:
+    """Enqueue kernels and products one after the other; the first time each is compiled, or read from the cache.
 
     Args:
         launches: What is launched.
@@ -106,11 +125,14 @@ def launch(launches: list[Launch], device: Device, stream: int) -> None:
         stream: The cudaStream_t.
 
     Raises:
-        PluginError: A kernel does not compile, or CUDA refuses it.
+        PluginError: A kernel does not compile, CUDA refuses it, or cuBLAS is missing.
     """
     driver, _ = _bindings()
     context = int(_driver_call(driver.cuCtxGetCurrent()))
     for one in launches:
+        if isinstance(one, Gemm):
+            cublas.run(one, context, stream)
+            continue
         function = _function(context, one.source, one.kernel, one.shared, device.architecture)
         grid, threads = (*one.grid, 1, 1)[:3], (*one.threads, 1, 1)[:3]
         pointers = (ctypes.c_void_p * len(one.arguments))(*(ctypes.addressof(a) for a in one.arguments))

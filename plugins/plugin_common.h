@@ -4,9 +4,11 @@
 //
 // No TensorRT parser hands an empty optional input to a plugin: 8.x reads through a null pointer, addPluginV3 refuses
 // it. So whoever builds the network leaves such inputs out, and says by the attribute given_inputs which are there:
-// bit i for input i of the operator. Without the attribute all are.
+// bit i for input i of the operator. Without the attribute all are. Of an operator with layers the bits of a layer follow
+// those of the inputs before, and stand for every layer.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdarg>
 #include <cstddef>
@@ -25,9 +27,12 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
 constexpr char const* kVERSION = "1";
-constexpr int32_t kMAX_INPUTS = 10;
-constexpr int32_t kMAX_OUTPUTS = 2;
+constexpr int kNO_CUBLAS = 303;  // cudaErrorSharedObjectInitFailed, from mamba_model()
+constexpr int32_t kMAX_INPUTS = 19;  // of an operator, those of a layer counted once
+constexpr int32_t kMAX_OUTPUTS = 3;
 constexpr int32_t kALL_INPUTS = (1 << kMAX_INPUTS) - 1;
+constexpr int32_t kMAX_LAYERS = 127;  // TensorRT ends the process at more than 256 outputs
+constexpr int32_t kMAX_ATTRIBUTES = 7;
 
 // --- log ----------------------------------------------------------------------------------------------------------
 
@@ -62,7 +67,8 @@ struct Attributes {
     int32_t given_inputs = 0;
     float eps = 1e-5f;
     float norm_eps = -1.0f;
-    int32_t conv_first = 0;
+    int32_t layers = 0;
+    int32_t all_logits = 0;
 };
 
 struct Attribute {
@@ -80,7 +86,8 @@ constexpr Attribute kN_GROUPS{"n_groups", PluginFieldType::kINT32, offsetof(Attr
 constexpr Attribute kCHUNK_SIZE{"chunk_size", PluginFieldType::kINT32, offsetof(Attributes, chunk_size), 1, INT32_MAX};
 constexpr Attribute kEPS{"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, eps), 0, 0};
 constexpr Attribute kNORM_EPS{"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), 0, 0};
-constexpr Attribute kCONV_FIRST{"conv_first", PluginFieldType::kINT32, offsetof(Attributes, conv_first), 0, INT32_MAX};
+constexpr Attribute kLAYERS{"layers", PluginFieldType::kINT32, offsetof(Attributes, layers), 1, kMAX_LAYERS};
+constexpr Attribute kALL_LOGITS{"all_logits", PluginFieldType::kINT32, offsetof(Attributes, all_logits), 0, 1};
 constexpr Attribute kGIVEN{"given_inputs", PluginFieldType::kINT32, offsetof(Attributes, given_inputs), 1, kALL_INPUTS};
 
 constexpr char const* kACTIVATIONS[] = {"none", "silu"};  // by their numbers in mamba_kernels.h
@@ -93,16 +100,16 @@ struct Tensor {
     char type;
     char const* axes;
     bool optional = false;
-    char const* other_axes = nullptr;  // also allowed
+    char const* other_axes = nullptr;  // also allowed; of an output, its axes where all_logits is set
 };
 
-// One call of an operator: sizes by symbol, addresses by the operator's inputs and outputs.
+// One call of an operator: sizes by symbol, addresses by the operator's inputs and outputs, layer after layer.
 struct Call {
     Attributes attributes;
     int64_t size[128];  // -1: not known
     int32_t dtype, state_dtype, skip_rank;
-    void const* in[kMAX_INPUTS];
-    void* out[kMAX_OUTPUTS];
+    void const* in[kMAX_INPUTS * (1 + kMAX_LAYERS)];
+    void* out[kMAX_OUTPUTS * (1 + kMAX_LAYERS)];
 
     int32_t operator[](char symbol) const { return static_cast<int32_t>(size[static_cast<int32_t>(symbol)]); }
     float const* floats(int32_t input) const { return static_cast<float const*>(in[input]); }
@@ -132,34 +139,35 @@ inline MambaLastToken last_call(Call const& c) {
     return {c['B'], c['L'], c['d'], c.dtype, c.in[0], c.integers(1), c.out[0]};
 }
 
-inline MambaInProj in_proj_call(Call const& c) {
-    return {c['B'], c['L'], c['d'], c['M'], c['C'], c['K'], c.dtype, c.attributes.conv_first, c.attributes.eps,
-            c.floats(0), c.floats(1), c.in[2], c.in[3], c.in[4], c.in[5], c.in[6], c.integers(7), c.out[0], c.out[1]};
+// Without its layers, which a launch alone needs.
+inline MambaModel model_call(Call const& c) {
+    auto const& a = c.attributes;
+    bool const is_mamba2 = c.size['H'] >= 0;
+    int32_t const inner = is_mamba2 ? c['H'] * c['P'] : c['D'];
+    return {c['B'], c['L'], a.layers, c['d'], c['M'], c['C'], c['K'], inner, c['N'],
+            is_mamba2 ? 0 : c['R'], is_mamba2 ? c['H'] : 0, is_mamba2 ? c['P'] : 0, a.n_groups, c['V'],
+            c.dtype, c.state_dtype, c.skip_rank == 2, a.all_logits, a.eps, a.norm_eps, a.dt_min, a.dt_max,
+            c.integers(0), c.integers(1), c.in[2], c.floats(3), c.in[4] ? c.in[4] : c.in[2],
+            static_cast<float*>(c.out[0]), nullptr};
 }
 
-inline MambaXProj x_proj_call(Call const& c) {
-    return {c['B'], c['L'], c['X'], c['D'], c['E'], c.dtype, c.in[0], c.in[1], c.out[0]};
+constexpr int32_t kMODEL_INPUTS = 5, kMODEL_OUTPUTS = 1;  // beside those of layers
+constexpr int32_t kLAYER_INPUTS = 14, kLAYER2_INPUTS = 13, kLAYER_OUTPUTS = 2;
+
+inline MambaLayer layer(Call const& c, int32_t i) {
+    int32_t const at = kMODEL_INPUTS + i * kLAYER_INPUTS;
+    void* const* const out = c.out + kMODEL_OUTPUTS + i * kLAYER_OUTPUTS;
+    void const* const* const in = c.in + at;
+    return {c.floats(at), in[1], in[2], in[3], in[4], in[5], in[6], in[7], c.floats(at + 8), c.floats(at + 9),
+            c.floats(at + 10), in[11], nullptr, in[12], in[13], out[0], out[1]};
 }
 
-inline MambaSelectiveUpdate selective_update_call(Call const& c) {
-    return {c['B'], c['L'], c['X'], c['E'], c['R'], c['D'], c['N'], c.dtype, c.state_dtype, c.attributes.norm_eps,
-            c.in[0], c.in[1], c.in[2], c.floats(3), c.floats(4), c.floats(5), c.in[6], c.integers(7), c.out[0], c.out[1]};
-}
-
-inline MambaSsdUpdate ssd_update_call(Call const& c) {
-    return {c['B'], c['L'], c['M'], c['H'], c['P'], c['N'], c.attributes.n_groups, c.dtype, c.state_dtype,
-            c.attributes.dt_softplus, c.skip_rank == 2, c.attributes.dt_min, c.attributes.dt_max,
-            c.in[0], c.floats(1), c.floats(2), c.floats(3), c.in[4], c.integers(5), c.out[0], c.out[1]};
-}
-
-inline MambaOutProj out_proj_call(Call const& c) {
-    return {c['B'], c['L'], c['D'], c['d'], c.attributes.n_groups, c.dtype, c.attributes.eps,
-            c.in[0], c.floats(1), c.in[2], c.in[3], c.floats(4), static_cast<float*>(c.out[0])};
-}
-
-inline MambaHead head_call(Call const& c) {
-    return {c['B'], c['L'], c['d'], c['V'], c.dtype, c.attributes.eps,
-            c.floats(0), c.floats(1), c.in[2], static_cast<float*>(c.out[0])};
+inline MambaLayer layer2(Call const& c, int32_t i) {
+    int32_t const at = kMODEL_INPUTS + i * kLAYER2_INPUTS;
+    void* const* const out = c.out + kMODEL_OUTPUTS + i * kLAYER_OUTPUTS;
+    void const* const* const in = c.in + at;
+    return {c.floats(at), in[1], in[2], in[3], in[4], in[5], nullptr, nullptr, c.floats(at + 6), c.floats(at + 7),
+            c.floats(at + 8), in[9], c.floats(at + 10), in[11], in[12], out[0], out[1]};
 }
 
 template <auto make, auto workspace>
@@ -174,6 +182,15 @@ int launch_of(Call const& call, void* workspace, void* stream) {
     return launch(&kernel, workspace, stream);
 }
 
+template <auto make_layer>
+int launch_model(Call const& call, void* workspace, void* stream) {
+    MambaLayer each[kMAX_LAYERS];
+    MambaModel kernel = model_call(call);
+    for (int32_t i = 0; i < kernel.layers; ++i) each[i] = make_layer(call, i);
+    kernel.each = each;
+    return mamba_model(&kernel, workspace, stream);
+}
+
 struct Op {
     char const* name;
     int32_t n_inputs;
@@ -181,9 +198,10 @@ struct Op {
     int32_t n_outputs;
     Tensor outputs[kMAX_OUTPUTS];
     int32_t n_attributes;
-    Attribute attributes[6];
+    Attribute attributes[kMAX_ATTRIBUTES];
     size_t (*workspace)(Call const&);
     int (*launch)(Call const&, void* workspace, void* stream);
+    int32_t n_layer_inputs = 0, n_layer_outputs = 0;  // the last of them, which come again for every layer
 };
 
 inline constexpr Op kOPS[] = {
@@ -211,41 +229,26 @@ inline constexpr Op kOPS[] = {
      1, {{"y", 'T', "Bd"}},
      1, {kGIVEN},
      workspace_of<last_call, mamba_last_token_workspace>, launch_of<last_call, mamba_last_token>},
-    {"MambaInProj",
-     8, {{"hidden", 'F', "BLd"}, {"norm_weight", 'F', "d"}, {"weight", 'T', "dM"}, {"bias", 'T', "M", true},
-         {"conv_weight", 'T', "CK"}, {"conv_bias", 'T', "C", true}, {"conv_state", 'T', "BCk"}, {"seq_lens", 'I', "B"}},
-     2, {{"y", 'T', "BLM"}, {"conv_state_out", 'T', "BCk"}},
-     3, {kEPS, kCONV_FIRST, kGIVEN},
-     workspace_of<in_proj_call, mamba_in_proj_workspace>, launch_of<in_proj_call, mamba_in_proj>},
-    {"MambaXProj",
-     2, {{"x", 'T', "BLX"}, {"weight", 'T', "DE"}},
-     1, {{"y", 'T', "BLE"}},
-     1, {kGIVEN},
-     workspace_of<x_proj_call, mamba_x_proj_workspace>, launch_of<x_proj_call, mamba_x_proj>},
-    {"MambaSelectiveUpdate",
-     8, {{"xz", 'T', "BLX"}, {"low", 'T', "BLE"}, {"dt_weight", 'T', "RD"}, {"A", 'F', "DN"}, {"D", 'F', "D", true},
-         {"dt_bias", 'F', "D", true}, {"ssm_state", 'S', "BDN"}, {"seq_lens", 'I', "B"}},
-     2, {{"y", 'T', "BLD"}, {"ssm_state_out", 'S', "BDN"}},
-     2, {kNORM_EPS, kGIVEN},
-     workspace_of<selective_update_call, mamba_selective_update_workspace>,
-     launch_of<selective_update_call, mamba_selective_update>},
-    {"MambaSsdUpdate",
-     6, {{"projected", 'T', "BLM"}, {"A", 'F', "H"}, {"D", 'F', "H", true, "HP"}, {"dt_bias", 'F', "H", true},
-         {"ssm_state", 'S', "BHPN"}, {"seq_lens", 'I', "B"}},
-     2, {{"y", 'T', "BLi"}, {"ssm_state_out", 'S', "BHPN"}},
-     5, {kDT_SOFTPLUS, kDT_MIN, kDT_MAX, kN_GROUPS, kGIVEN},
-     workspace_of<ssd_update_call, mamba_ssd_update_workspace>, launch_of<ssd_update_call, mamba_ssd_update>},
-    {"MambaOutProj",
-     5, {{"x", 'T', "BLD"}, {"norm_weight", 'F', "D", true}, {"weight", 'T', "Dd"}, {"bias", 'T', "d", true},
-         {"residual", 'F', "BLd"}},
-     1, {{"y", 'F', "BLd"}},
-     3, {kEPS, kN_GROUPS, kGIVEN},
-     workspace_of<out_proj_call, mamba_out_proj_workspace>, launch_of<out_proj_call, mamba_out_proj>},
-    {"MambaHead",
-     3, {{"hidden", 'F', "BLd"}, {"norm_weight", 'F', "d"}, {"weight", 'T', "Vd"}},
-     1, {{"y", 'F', "BV"}},
-     2, {kEPS, kGIVEN},
-     workspace_of<head_call, mamba_head_workspace>, launch_of<head_call, mamba_head>},
+    {"MambaModel",
+     19, {{"input_ids", 'I', "BL"}, {"seq_lens", 'I', "B"}, {"embedding", 'T', "Vd"}, {"norm_weight", 'F', "d"},
+          {"head", 'T', "Vd", true},
+          {"norm_weight", 'F', "d"}, {"in_proj", 'T', "dM"}, {"in_proj_bias", 'T', "M", true}, {"conv_weight", 'T', "CK"},
+          {"conv_bias", 'T', "C", true}, {"conv_state", 'T', "BCk"}, {"x_proj", 'T', "DE"}, {"dt_proj", 'T', "RD"},
+          {"A", 'F', "DN"}, {"D", 'F', "D", true}, {"dt_bias", 'F', "D", true}, {"ssm_state", 'S', "BDN"},
+          {"out_proj", 'T', "Dd"}, {"out_proj_bias", 'T', "d", true}},
+     3, {{"logits", 'F', "BV", false, "BLV"}, {"conv_state_out", 'T', "BCk"}, {"ssm_state_out", 'S', "BDN"}},
+     5, {kLAYERS, kEPS, kNORM_EPS, kALL_LOGITS, kGIVEN},
+     workspace_of<model_call, mamba_model_workspace>, launch_model<layer>, kLAYER_INPUTS, kLAYER_OUTPUTS},
+    {"Mamba2Model",
+     18, {{"input_ids", 'I', "BL"}, {"seq_lens", 'I', "B"}, {"embedding", 'T', "Vd"}, {"norm_weight", 'F', "d"},
+          {"head", 'T', "Vd", true},
+          {"norm_weight", 'F', "d"}, {"in_proj", 'T', "dM"}, {"in_proj_bias", 'T', "M", true}, {"conv_weight", 'T', "CK"},
+          {"conv_bias", 'T', "C", true}, {"conv_state", 'T', "BCk"}, {"A", 'F', "H"}, {"D", 'F', "H", true, "HP"},
+          {"dt_bias", 'F', "H", true}, {"ssm_state", 'S', "BHPN"}, {"gate_norm", 'F', "i", true}, {"out_proj", 'T', "id"},
+          {"out_proj_bias", 'T', "d", true}},
+     3, {{"logits", 'F', "BV", false, "BLV"}, {"conv_state_out", 'T', "BCk"}, {"ssm_state_out", 'S', "BHPN"}},
+     7, {kLAYERS, kEPS, kDT_MIN, kDT_MAX, kN_GROUPS, kALL_LOGITS, kGIVEN},
+     workspace_of<model_call, mamba_model_workspace>, launch_model<layer2>, kLAYER2_INPUTS, kLAYER_OUTPUTS},
 };
 constexpr int32_t kN_OPS = sizeof kOPS / sizeof kOPS[0];
 
@@ -278,28 +281,36 @@ class Node {
 public:
     Node(Op const& op, Attributes const& attributes) : op(op), attributes(attributes) {
         for (int32_t slot = 0; slot < op.n_inputs; ++slot) {
-            if (attributes.given_inputs >> slot & 1) slots[n_given++] = slot;
+            if (slot == op.n_inputs - op.n_layer_inputs) n_before = n_slots;
+            if (attributes.given_inputs >> slot & 1) slots[n_slots++] = slot;
         }
+        if (op.n_layer_inputs == 0) n_before = n_slots;
+        n_given = n_before + attributes.layers * (n_slots - n_before);
+        n_outputs = op.n_outputs + (attributes.layers - 1) * op.n_layer_outputs;
         for (int32_t i = 0; i < op.n_attributes; ++i) {
             fields[i] = field(op.attributes[i]);
         }
         auto const& a = attributes;
-        std::snprintf(timing_id, sizeof timing_id, "%s %d %d %a %a %d %d %a %a %d", op.name, a.activation, a.dt_softplus,
-                      a.dt_min, a.dt_max, a.n_groups, a.given_inputs, a.eps, a.norm_eps, a.conv_first);
+        std::snprintf(timing_id, sizeof timing_id, "%s %d %d %a %a %d %d %a %a %d %d", op.name, a.activation,
+                      a.dt_softplus, a.dt_min, a.dt_max, a.n_groups, a.given_inputs, a.eps, a.norm_eps, a.layers,
+                      a.all_logits);
     }
     Node(Node const& other) : Node(other.op, other.attributes) {}
     Node& operator=(Node const&) = delete;
 
-    Tensor const& input(int32_t i) const { return op.inputs[slots[i]]; }
+    Tensor const& input(int32_t i) const { return op.inputs[slots[in_pattern(i, n_before, n_slots)]]; }
+    Tensor const& output(int32_t i) const {
+        return op.outputs[in_pattern(i, op.n_outputs - op.n_layer_outputs, op.n_outputs)];
+    }
     Tensor const& tensor(int32_t position) const {
-        return position < n_given ? input(position) : op.outputs[position - n_given];
+        return position < n_given ? input(position) : output(position - n_given);
     }
 
-    bool counts(int32_t n_inputs, int32_t n_outputs) const {
-        return (n_inputs == n_given && n_outputs == op.n_outputs) ||
+    bool counts(int32_t inputs, int32_t outputs) const {
+        return (inputs == n_given && outputs == n_outputs) ||
                fail(op.name, "%d inputs and %d outputs: expected %d and %d. An optional input that is not there is "
-                    "left out, and the attribute given_inputs, a bit for each input, says so", n_inputs, n_outputs,
-                    n_given, op.n_outputs);
+                    "left out, and the attribute given_inputs, a bit for each input, says so", inputs, outputs,
+                    n_given, n_outputs);
     }
     template <typename RankOf>
     bool ranks(RankOf&& rank_of) const {
@@ -338,7 +349,8 @@ public:
     // Exprs is DimsExprs, whose elements point to what is not known yet; builder multiplies them.
     template <typename Exprs, typename Builder>
     Exprs output_shape(int32_t output, Exprs const* inputs, Builder& builder) const {
-        char const* const axes = op.outputs[output].axes;
+        Tensor const& tensor = this->output(output);
+        char const* const axes = attributes.all_logits && tensor.other_axes ? tensor.other_axes : tensor.axes;
         auto const size = [&](char symbol) {
             int32_t index = 0, axis = 0;
             find(symbol, index, axis);
@@ -360,7 +372,7 @@ public:
     bool describe(Call& call, DescOf&& desc_of) const {
         return read(call, desc_of, true) &&
                related(call, 'k', call.size['K'] - 1, "K - 1 of conv_state") &&
-               related(call, 'i', call.size['H'] * call.size['P'], "H * P of x") &&
+               related(call, 'i', call.size['H'] * call.size['P'], "H * P") &&
                related(call, 'g', attributes.n_groups * call.size['N'], "n_groups * N of B") &&
                (call.size['H'] < 0 || call.size['H'] % attributes.n_groups == 0 ||
                 fail(op.name, "n_groups is %d: expected a divisor of the %d heads", attributes.n_groups, call['H']));
@@ -381,20 +393,32 @@ public:
     }
 
     int launch(Call& call, void const* const* inputs, void* const* outputs, void* workspace, void* stream) const {
-        for (int32_t i = 0; i < n_given; ++i) call.in[slots[i]] = inputs[i];
-        for (int32_t i = 0; i < op.n_outputs; ++i) call.out[i] = outputs[i];
+        for (int32_t i = 0; i < n_given; ++i) {
+            int32_t const k = in_pattern(i, n_before, n_slots), layer = (i - k) / std::max(n_slots - n_before, 1);
+            call.in[slots[k] + layer * op.n_layer_inputs] = inputs[i];
+        }
+        for (int32_t i = 0; i < n_outputs; ++i) call.out[i] = outputs[i];
         int const error = op.launch(call, workspace, stream);
-        if (error) fail(op.name, "CUDA error %d", error);
+        if (error == kNO_CUBLAS) {
+            fail(op.name, "libcublas was not found: install the libraries of CUDA, or open it before");
+        } else if (error) {
+            fail(op.name, "CUDA error %d", error);
+        }
         return error;
     }
 
     Op const& op;
     Attributes const attributes;
-    int32_t n_given = 0;
+    int32_t n_given = 0, n_outputs = 0;
     char timing_id[160];
-    PluginField fields[6];  // the attributes, to be serialized
+    PluginField fields[kMAX_ATTRIBUTES];  // the attributes, to be serialized
 
 private:
+    // Where tensor i stands in a table whose rows from `before` to `all` come again for every layer.
+    static int32_t in_pattern(int32_t i, int32_t before, int32_t all) {
+        return i < all ? i : before + (i - before) % (all - before);
+    }
+
     // The axes of an input of this rank; null, with the reason logged, where it may not have it.
     char const* axes_of(int32_t i, int32_t rank) const {
         for (char const* const axes : {input(i).axes, input(i).other_axes}) {
@@ -423,7 +447,12 @@ private:
                 }
                 if (dims.d[axis] > size) size = dims.d[axis];
             }
-            if (input(i).other_axes) call.skip_rank = dims.nbDims;
+            if (input(i).other_axes) {
+                if (agree && call.skip_rank && call.skip_rank != dims.nbDims) {
+                    return fail(op.name, "%s has %d axes: expected %d", input(i).name, dims.nbDims, call.skip_rank);
+                }
+                call.skip_rank = dims.nbDims;
+            }
             if (input(i).type == 'S') call.state_dtype = float_code(desc.type);
             if (input(i).type == 'T' && i == input_of_type('T')) call.dtype = float_code(desc.type);
         }
@@ -446,7 +475,8 @@ private:
         return {attribute.name, data, attribute.type, length};
     }
 
-    int32_t slots[kMAX_INPUTS];  // of the inputs that are there, in the operator's own order
+    // Of the inputs that are there, in the operator's own order, those of a layer once; before those, and all.
+    int32_t slots[kMAX_INPUTS], n_before = 0, n_slots = 0;
 };
 
 // --- attributes from fields -----------------------------------------------------------------------------------------
@@ -488,6 +518,9 @@ inline bool valid(Op const& op, Attributes const& a) {
     if (a.activation != MAMBA_ACTIVATION_NONE && a.activation != MAMBA_ACTIVATION_SILU) {
         return fail(op.name, "activation is %d: expected 0 or 1", a.activation);
     }
+    if (op.n_layer_inputs ? a.layers < 1 || a.layers > kMAX_LAYERS : a.layers != 0) {
+        return fail(op.name, "layers is %d: expected 1 to %d", a.layers, kMAX_LAYERS);
+    }
     if (a.n_groups < 1) return fail(op.name, "n_groups is %d: expected at least 1", a.n_groups);
     if (!(a.dt_min <= a.dt_max)) {
         return fail(op.name, "dt_min is %g and dt_max is %g: expected dt_min <= dt_max", a.dt_min, a.dt_max);
@@ -507,6 +540,7 @@ inline bool valid(Op const& op, Attributes const& a) {
 // The attributes of a node; false, with the reason logged, where one is unknown or out of range.
 inline bool read_fields(Op const& op, nvinfer1::PluginFieldCollection const* fields, Attributes& into) {
     into.given_inputs = (1 << op.n_inputs) - 1;
+    into.layers = op.n_layer_inputs > 0;
     for (int32_t i = 0; fields && i < fields->nbFields; ++i) {
         PluginField const& field = fields->fields[i];
         Attribute const* known = nullptr;

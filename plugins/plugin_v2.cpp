@@ -33,14 +33,14 @@ public:
     size_t getSerializationSize() const noexcept override { return sizeof(Attributes); }
     void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &node_.attributes, sizeof(Attributes)); }
 
-    int32_t getNbOutputs() const noexcept override { return node_.op.n_outputs; }
+    int32_t getNbOutputs() const noexcept override { return node_.n_outputs; }
     DataType getOutputDataType(int32_t output, DataType const* inputs, int32_t nbInputs) const noexcept override {
-        bool const right = node_.counts(nbInputs, node_.op.n_outputs);
-        return inputs[right ? node_.input_of_type(node_.op.outputs[output].type) : 0];
+        bool const right = node_.counts(nbInputs, node_.n_outputs);
+        return inputs[right ? node_.input_of_type(node_.output(output).type) : 0];
     }
     DimsExprs getOutputDimensions(
         int32_t output, DimsExprs const* inputs, int32_t nbInputs, IExprBuilder& builder) noexcept override {
-        bool const right = node_.counts(nbInputs, node_.op.n_outputs) &&
+        bool const right = node_.counts(nbInputs, node_.n_outputs) &&
                            node_.ranks([=](int32_t i) { return inputs[i].nbDims; });
         return right ? node_.output_shape(output, inputs, builder) : DimsExprs{-1, {}};
     }

@@ -35,14 +35,14 @@ public:
 
     // --- build
 
-    int32_t getNbOutputs() const noexcept override { return node_.op.n_outputs; }
+    int32_t getNbOutputs() const noexcept override { return node_.n_outputs; }
     char const* getTimingCacheID() noexcept override { return node_.timing_id; }
 
     int32_t getOutputDataTypes(
         DataType* outputs, int32_t nbOutputs, DataType const* inputs, int32_t nbInputs) const noexcept override {
         if (!node_.counts(nbInputs, nbOutputs)) return -1;
         for (int32_t i = 0; i < nbOutputs; ++i) {
-            outputs[i] = inputs[node_.input_of_type(node_.op.outputs[i].type)];
+            outputs[i] = inputs[node_.input_of_type(node_.output(i).type)];
         }
         return 0;
     }

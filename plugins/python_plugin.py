@@ -76,7 +76,7 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
             self.plugin_name = node.op_type
             self.plugin_version = VERSION
             self.plugin_namespace = ""
-            self.num_outputs = len(node.op.outputs)
+            self.num_outputs = len(node.outputs)
             self.timing_cache_id = " ".join(str(value) for value in (node.op_type, *node.attributes.values()))
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -98,7 +98,7 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
         def supports_format_combination(self, position: int, tensors: Sequence[Any], n_inputs: int) -> bool:
             self.node.check_count(n_inputs)
             linear = tensors[position].desc.format == trt.TensorFormat.LINEAR
-            return linear and self.node.supports(position, [name_of(t.desc.type) for t in tensors[: position + 1]])
+            return linear and self.node.supports(position, lambda i: name_of(tensors[i].desc.type))
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             self.node.sizes([tuple(tensor.desc.dims) for tensor in inputs])
@@ -153,15 +153,12 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
                 attributes["dt_softplus"] = bool(attributes["dt_softplus"])
             of_call = _dtypes(node, names)
             needed = _workspace_bytes(kernels, node, node.sizes(shapes), of_call)
+            values, options = node.by_slot(arrays), dict(zip(("y", "state_out"), results, strict=False))
+            if node.op.layer_inputs:
+                values, options = _with_layers(node, values, results)
+                attributes = {name: value for name, value in attributes.items() if name not in ("layers", "all_logits")}
             call = getattr(kernels, node.op.kernel)
-            call(
-                *node.by_slot(arrays),
-                **attributes,
-                **dict(zip(("y", "state_out"), results, strict=False)),
-                **of_call,
-                workspace=(workspace, needed),
-                stream=stream,
-            )
+            call(*values, **attributes, **options, **of_call, workspace=(workspace, needed), stream=stream)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined]
         def __init__(self, op_type: str) -> None:
@@ -198,6 +195,18 @@ def _expressions(trt: ModuleType, elements: Sequence[Any]) -> Any:
     for i, element in enumerate(elements):
         shape[i] = element
     return shape
+
+
+def _with_layers(node: Node, values: Sequence[Any], results: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Inputs and outputs of an operator with layers as ``Kernels`` takes them: a layer's by name."""
+    op, inputs, outputs = node.op, iter(values), iter(results)
+    before, options = [next(inputs) for _ in op.inputs], {tensor.name: next(outputs) for tensor in op.outputs}
+    layers = [
+        {tensor.name: next(inputs) for tensor in op.layer_inputs}
+        | {tensor.name: next(outputs) for tensor in op.layer_outputs}
+        for _ in range(node.attributes["layers"])
+    ]
+    return [*before, layers], options
 
 
 def _dtypes(node: Node, dtypes: Sequence[str]) -> dict[str, str]:

@@ -14,12 +14,27 @@ from typing import Any, NamedTuple, TypeVar
 
 from mamba_deploy.errors import PluginError
 
-__all__ = ["DOMAIN", "FLOATS", "GIVEN_INPUTS", "OPS", "VERSION", "Node", "Op", "Tensor", "prepare_for_parser"]
+__all__ = [
+    "DOMAIN",
+    "FLOATS",
+    "GIVEN_INPUTS",
+    "MAX_LAYERS",
+    "OPS",
+    "VERSION",
+    "Node",
+    "Op",
+    "Tensor",
+    "parse_tensors",
+    "prepare_for_parser",
+]
 
 DOMAIN = "mamba_deploy"
 VERSION = "1"
 FLOATS = ("float32", "float16", "bfloat16")
-GIVEN_INPUTS = "given_inputs"  # an attribute: bit i is set where input i of the operator is there
+# An attribute: bit i is set where input i of the operator is there. Bits of a layer's inputs come after the others' and
+# stand for every layer.
+GIVEN_INPUTS = "given_inputs"
+MAX_LAYERS = 127  # TensorRT ends the process at more than 256 outputs
 _INT32_MAX = 2**31 - 1
 _Element = TypeVar("_Element")
 
@@ -31,7 +46,7 @@ class Tensor(NamedTuple):
     dtype: str
     axes: tuple[str, ...]
     optional: bool = False
-    other_axes: tuple[str, ...] = ()  # also allowed
+    other_axes: tuple[str, ...] = ()  # also allowed; of an output, its axes where all_logits is set
 
     def axes_of(self, rank: int) -> tuple[str, ...]:
         """Its axes where it has so many.
@@ -53,9 +68,16 @@ class Op(NamedTuple):
     outputs: tuple[Tensor, ...]
     attributes: Mapping[str, Any]  # and their defaults
     sizes: Mapping[str, str]  # what the kernel calls a symbol
+    layer_inputs: tuple[Tensor, ...] = ()  # which come again for every layer, after the others
+    layer_outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def pattern(self) -> tuple[Tensor, ...]:
+        """The inputs, those of a layer once."""
+        return self.inputs + self.layer_inputs
 
 
-def _tensors(text: str) -> tuple[Tensor, ...]:
+def parse_tensors(text: str) -> tuple[Tensor, ...]:
     """From ``name:dtype:axes`` and ``name?:dtype:axes|other,axes``."""
     found = []
     for field in text.split():
@@ -66,116 +88,89 @@ def _tensors(text: str) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+_MODEL_INPUTS = "input_ids:int32:B,L seq_lens:int32:B embedding:T:V,d norm_weight:float32:d head?:T:V,d"
+_MODEL_SIZES = {
+    "B": "batch",
+    "L": "length",
+    "d": "width",
+    "M": "outputs",
+    "C": "channels",
+    "K": "conv_width",
+    "N": "state_size",
+    "V": "vocab",
+}
+_BEFORE_SCAN = (
+    "norm_weight:float32:d in_proj:T:d,M in_proj_bias?:T:M conv_weight:T:C,K conv_bias?:T:C conv_state:T:B,C,K-1"
+)
+
 OPS: Mapping[str, Op] = {
     "MambaCausalConv1d": Op(
         "causal_conv1d",
-        _tensors("x:T:B,L,C weight:T:C,K bias?:T:C conv_state:T:B,C,K-1 seq_lens:int32:B"),
-        _tensors("y:T:B,L,C conv_state_out:T:B,C,K-1"),
+        parse_tensors("x:T:B,L,C weight:T:C,K bias?:T:C conv_state:T:B,C,K-1 seq_lens:int32:B"),
+        parse_tensors("y:T:B,L,C conv_state_out:T:B,C,K-1"),
         {"activation": "silu"},
         {"B": "batch", "L": "length", "C": "channels", "K": "width"},
     ),
     "MambaSelectiveScan": Op(
         "selective_scan",
-        _tensors(
+        parse_tensors(
             "x:T:B,L,D dt:T:B,L,D A:float32:D,N B:T:B,L,N C:T:B,L,N D?:float32:D z?:T:B,L,D dt_bias?:float32:D "
             "ssm_state:S:B,D,N seq_lens:int32:B"
         ),
-        _tensors("y:T:B,L,D ssm_state_out:S:B,D,N"),
+        parse_tensors("y:T:B,L,D ssm_state_out:S:B,D,N"),
         {"dt_softplus": 1},
         {"B": "batch", "L": "length", "D": "channels", "N": "state_size"},
     ),
     "MambaSsdScan": Op(
         "ssd_scan",
-        _tensors(
+        parse_tensors(
             "x:T:B,L,H*P dt:T:B,L,H A:float32:H B:T:B,L,G*N C:T:B,L,G*N D?:float32:H|H,P dt_bias?:float32:H "
             "ssm_state:S:B,H,P,N seq_lens:int32:B"
         ),
-        _tensors("y:T:B,L,H*P ssm_state_out:S:B,H,P,N"),
+        parse_tensors("y:T:B,L,H*P ssm_state_out:S:B,H,P,N"),
         {"dt_softplus": 1, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1, "chunk_size": 256},
         {"B": "batch", "L": "length", "H": "heads", "P": "head_dim", "N": "state_size", "G": "groups"},
     ),
     "MambaLastToken": Op(
         "last_token",
-        _tensors("x:T:B,L,d seq_lens:int32:B"),
-        _tensors("y:T:B,d"),
+        parse_tensors("x:T:B,L,d seq_lens:int32:B"),
+        parse_tensors("y:T:B,d"),
         {},
         {"B": "batch", "L": "length", "d": "width"},
     ),
-    # The parts of a decode step, L = 1.
-    "MambaInProj": Op(
-        "in_proj",
-        _tensors(
-            "hidden:float32:B,L,d norm_weight:float32:d weight:T:d,M bias?:T:M conv_weight:T:C,K conv_bias?:T:C "
-            "conv_state:T:B,C,K-1 seq_lens:int32:B"
+    # Of whole models; no ONNX file has them, the engine builder makes them.
+    "MambaModel": Op(
+        "model",
+        parse_tensors(_MODEL_INPUTS),
+        parse_tensors("logits:float32:B,V|B,L,V"),
+        {"layers": 1, "eps": 1e-5, "norm_eps": -1.0, "all_logits": 0},
+        {**_MODEL_SIZES, "D": "inner", "R": "rank"},
+        parse_tensors(
+            f"{_BEFORE_SCAN} x_proj:T:D,E dt_proj:T:R,D A:float32:D,N D?:float32:D dt_bias?:float32:D "
+            "ssm_state:S:B,D,N out_proj:T:D,d out_proj_bias?:T:d"
         ),
-        _tensors("y:T:B,L,M conv_state_out:T:B,C,K-1"),
-        {"eps": 1e-5, "conv_first": 0},
-        {"B": "batch", "L": "length", "d": "width", "M": "outputs", "C": "channels", "K": "conv_width"},
+        parse_tensors("conv_state_out:T:B,C,K-1 ssm_state_out:S:B,D,N"),
     ),
-    "MambaXProj": Op(
-        "x_proj",
-        _tensors("x:T:B,L,X weight:T:D,E"),
-        _tensors("y:T:B,L,E"),
-        {},
-        {"B": "batch", "L": "length", "X": "row", "D": "channels", "E": "outputs"},
-    ),
-    "MambaSelectiveUpdate": Op(
-        "selective_update",
-        _tensors(
-            "xz:T:B,L,X low:T:B,L,E dt_weight:T:R,D A:float32:D,N D?:float32:D dt_bias?:float32:D ssm_state:S:B,D,N "
-            "seq_lens:int32:B"
+    "Mamba2Model": Op(
+        "model",
+        parse_tensors(_MODEL_INPUTS),
+        parse_tensors("logits:float32:B,V|B,L,V"),
+        {"layers": 1, "eps": 1e-5, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1, "all_logits": 0},
+        {**_MODEL_SIZES, "H": "heads", "P": "head_dim", "G": "groups"},
+        parse_tensors(
+            f"{_BEFORE_SCAN} A:float32:H D?:float32:H|H,P dt_bias?:float32:H ssm_state:S:B,H,P,N "
+            "gate_norm?:float32:H*P out_proj:T:H*P,d out_proj_bias?:T:d"
         ),
-        _tensors("y:T:B,L,D ssm_state_out:S:B,D,N"),
-        {"norm_eps": -1.0},
-        {
-            "B": "batch",
-            "L": "length",
-            "X": "row",
-            "E": "low_row",
-            "R": "rank",
-            "D": "channels",
-            "N": "state_size",
-        },
-    ),
-    "MambaSsdUpdate": Op(
-        "ssd_update",
-        _tensors(
-            "projected:T:B,L,M A:float32:H D?:float32:H|H,P dt_bias?:float32:H ssm_state:S:B,H,P,N seq_lens:int32:B"
-        ),
-        _tensors("y:T:B,L,H*P ssm_state_out:S:B,H,P,N"),
-        {"dt_softplus": 1, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1},
-        {
-            "B": "batch",
-            "L": "length",
-            "M": "row",
-            "H": "heads",
-            "P": "head_dim",
-            "N": "state_size",
-            "G": "groups",
-        },
-    ),
-    "MambaOutProj": Op(
-        "out_proj",
-        _tensors("x:T:B,L,D norm_weight?:float32:D weight:T:D,d bias?:T:d residual:float32:B,L,d"),
-        _tensors("y:float32:B,L,d"),
-        {"eps": 1e-5, "n_groups": 1},
-        {
-            "B": "batch",
-            "L": "length",
-            "D": "channels",
-            "d": "width",
-            "G": "groups",
-        },
-    ),
-    "MambaHead": Op(
-        "head",
-        _tensors("hidden:float32:B,L,d norm_weight:float32:d weight:T:V,d"),
-        _tensors("y:float32:B,V"),
-        {"eps": 1e-5},
-        {"B": "batch", "L": "length", "d": "width", "V": "vocab"},
+        parse_tensors("conv_state_out:T:B,C,K-1 ssm_state_out:S:B,H,P,N"),
     ),
 }
-_RANGES = {"dt_softplus": (0, 1), "n_groups": (1, _INT32_MAX), "chunk_size": (1, _INT32_MAX)}
+_RANGES = {
+    "dt_softplus": (0, 1),
+    "n_groups": (1, _INT32_MAX),
+    "chunk_size": (1, _INT32_MAX),
+    "layers": (1, MAX_LAYERS),
+    "all_logits": (0, 1),
+}
 
 
 class Node:
@@ -191,11 +186,21 @@ class Node:
 
     def __init__(self, op_type: str, attributes: Mapping[str, Any] | None = None) -> None:
         self.op_type, self.op = op_type, OPS[op_type]
-        every = (1 << len(self.op.inputs)) - 1
+        every = (1 << len(self.op.pattern)) - 1
         self.attributes: dict[str, Any] = {**self.op.attributes, GIVEN_INPUTS: every, **(attributes or {})}
         self._check_attributes(every)
-        given = self.attributes[GIVEN_INPUTS]
-        self.inputs = tuple(tensor for i, tensor in enumerate(self.op.inputs) if given >> i & 1)
+        given, layers = self.attributes[GIVEN_INPUTS], self.attributes.get("layers", 0)
+        first = len(self.op.inputs)
+        before = tuple(tensor for i, tensor in enumerate(self.op.inputs) if given >> i & 1)
+        again = tuple(tensor for i, tensor in enumerate(self.op.layer_inputs, first) if given >> i & 1)
+        self.inputs = before + layers * again
+        self.outputs = self.op.outputs + layers * self.op.layer_outputs
+        self._slots = [i for i in range(first) if given >> i & 1]
+        of_layer = [i for i in range(first, len(self.op.pattern)) if given >> i & 1]
+        self._slots += [k * len(self.op.layer_inputs) + i for k in range(layers) for i in of_layer]
+        self._n_slots = first + layers * len(self.op.layer_inputs)
+        dtypes = [tensor.dtype for tensor in self.inputs]
+        self._first = {dtype: dtypes.index(dtype) for dtype in set(dtypes)}  # where a dtype comes from
 
     def _check_attributes(self, every: int) -> None:
         for name, value in self.attributes.items():
@@ -210,7 +215,7 @@ class Node:
         low, high = self.attributes.get("dt_min", 0.0), self.attributes.get("dt_max", math.inf)
         if not low <= high:
             raise PluginError(f"{self.op_type}: dt_min is {low} and dt_max is {high}: expected dt_min <= dt_max")
-        for i, tensor in enumerate(self.op.inputs):
+        for i, tensor in enumerate(self.op.pattern):
             if not tensor.optional and not self.attributes[GIVEN_INPUTS] >> i & 1:
                 raise PluginError(f"{self.op_type}: given_inputs lacks bit {i}, for {tensor.name}: it is not optional")
 
@@ -224,41 +229,45 @@ class Node:
             )
 
     def by_slot(self, values: Sequence[_Element]) -> list[_Element | None]:
-        """Values of the inputs that are there, spread over all inputs of the operator."""
-        given = iter(values)
-        bits = self.attributes[GIVEN_INPUTS]
-        return [next(given) if bits >> i & 1 else None for i in range(len(self.op.inputs))]
+        """Values of the inputs that are there, spread over all inputs of the operator, layer after layer."""
+        slots: list[_Element | None] = [None] * self._n_slots
+        for slot, value in zip(self._slots, values, strict=True):
+            slots[slot] = value
+        return slots
 
-    def supports(self, position: int, dtypes: Sequence[str]) -> bool:
-        """Whether input ``position``, or an output after them, may have its dtype, given those before it."""
-        wanted = (self.inputs + self.op.outputs)[position].dtype
+    def supports(self, position: int, dtype_of: Callable[[int], str]) -> bool:
+        """Whether input ``position``, or an output after them, may have its dtype, given those before it.
+
+        TensorRT asks for each position again and again, so nothing here looks at all of them.
+        """
+        after = position - len(self.inputs)
+        wanted = (self.inputs[position] if after < 0 else self.outputs[after]).dtype
         if wanted not in ("T", "S"):
-            return dtypes[position] == wanted
-        first = self._first(wanted)
-        return dtypes[position] in FLOATS if position == first else dtypes[position] == dtypes[first]
+            return dtype_of(position) == wanted
+        first = self._first[wanted]
+        return dtype_of(position) in FLOATS if position == first else dtype_of(position) == dtype_of(first)
 
     def output_dtypes(self, dtypes: Sequence[_Element]) -> list[_Element]:
         """Of the inputs' dtypes, in whatever form they come."""
         self.check_count(len(dtypes))
-        return [dtypes[self._first(output.dtype)] for output in self.op.outputs]
-
-    def _first(self, dtype: str) -> int:
-        return next(i for i, tensor in enumerate(self.inputs) if tensor.dtype == dtype)
+        return [dtypes[self._first[output.dtype]] for output in self.outputs]
 
     def output_shapes(
         self, shapes: Sequence[Sequence[_Element]], multiply: Callable[[Any, Any], Any] = operator.mul
     ) -> list[list[_Element]]:
         """Of the inputs' shapes, whose elements may be sizes or expressions, which ``multiply`` multiplies."""
         self.check_count(len(shapes))
-        axes: dict[str, _Element] = {}
+        found: dict[str, _Element] = {}
         for tensor, shape in zip(self.inputs, shapes, strict=True):
             for axis, element in zip(tensor.axes_of(len(shape)), shape, strict=True):
-                axes.setdefault(axis, element)
+                found.setdefault(axis, element)
 
         def size(axis: str) -> Any:
-            return axes[axis] if axis in axes else reduce(multiply, (axes[symbol] for symbol in axis.split("*")))
+            return found[axis] if axis in found else reduce(multiply, (found[symbol] for symbol in axis.split("*")))
 
-        return [[size(axis) for axis in output.axes] for output in self.op.outputs]
+        every = self.attributes.get("all_logits", 0)
+        axes = (output.other_axes if every and output.other_axes else output.axes for output in self.outputs)
+        return [[size(axis) for axis in of_output] for of_output in axes]
 
     def sizes(self, shapes: Sequence[Sequence[int]], *, agree: bool = True) -> dict[str, int]:
         """Sizes of a call by the kernel's names for them, from the inputs' shapes; those not known are left out.
@@ -273,7 +282,12 @@ class Node:
         self.check_count(len(shapes))
         found = {"G": int(self.attributes["n_groups"])} if "n_groups" in self.attributes else {}
         compound: list[tuple[str, str, int]] = []
+        ranks: dict[str, int] = {}
         for tensor, shape in zip(self.inputs, shapes, strict=True):
+            if tensor.other_axes and ranks.setdefault(tensor.name, len(shape)) != len(shape):
+                raise PluginError(
+                    f"{self.op_type}: {tensor.name} has {len(shape)} axes: expected {ranks[tensor.name]}, as before"
+                )
             for axis, size in zip(tensor.axes_of(len(shape)), shape, strict=True):
                 if size < 0:
                     continue
@@ -285,7 +299,8 @@ class Node:
                     found[axis] = max(size, found.get(axis, 0))
         if agree:
             self._check_related(found, compound)
-        return {self.op.sizes[symbol]: size for symbol, size in found.items()}
+        layers = {"layers": self.attributes["layers"]} if self.op.layer_inputs else {}
+        return layers | {self.op.sizes[symbol]: size for symbol, size in found.items() if symbol in self.op.sizes}
 
     def _check_related(self, found: Mapping[str, int], compound: Sequence[tuple[str, str, int]]) -> None:
         for name, axis, size in compound:
@@ -315,7 +330,8 @@ def prepare_for_parser(model: Any) -> None:
         ours = node.domain == DOMAIN and node.op_type in OPS
         if not ours or any(attribute.name == GIVEN_INPUTS for attribute in node.attribute):
             continue
-        given = sum(1 << i for i, name in enumerate(node.input) if name)
+        n_slots = len(OPS[node.op_type].pattern)  # what is given of a layer is given of all
+        given = sum(1 << i for i, name in enumerate(node.input[:n_slots]) if name)
         node.attribute.add(name=GIVEN_INPUTS, i=given, type=2)  # AttributeProto.INT
         names = [name for name in node.input if name]
         del node.input[:]

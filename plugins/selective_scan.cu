@@ -8,6 +8,7 @@
 #include "pad.cuh"
 #include "selective_scan_prompt.cuh"
 #include "selective_scan_step.cuh"
+#include "strided.h"
 
 namespace mamba {
 namespace scan {
@@ -109,7 +110,7 @@ int64_t padded_floats(const MambaSelectiveScan& a) {
 }
 
 template <typename Sh>
-PromptPlan plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, void* workspace) {
+PromptPlan plan(const MambaSelectiveScan& a, const Rows& rows, const Chunks& chunks, int quads, void* workspace) {
     PromptPlan p{};
     p.quads = quads;
     p.groups = static_cast<int>(ceil_div(a.channels, 4 * quads));
@@ -119,16 +120,19 @@ PromptPlan plan(const MambaSelectiveScan& a, const Chunks& chunks, int quads, vo
     p.chunks = chunks.count;
     p.chunk_length = chunks.length;
     p.states = a.state_size;
+    p.group_row = rows.group;
+    p.z_rows = rows.z;
     p.B = a.B;
     p.C = a.C;
     const int64_t floats = workspace != nullptr ? padded_floats(a) : 0;
     if (floats > 0) {  // behind what the chunks take
         float* const start = static_cast<float*>(workspace) + chunk_floats(a);
-        p.states = pad::padded(a.state_size);
+        p.states = p.group_row = pad::padded(a.state_size);
         p.B = start;
         p.C = start + floats;
     }
-    p.vectors = a.channels % 4 == 0 && p.states % Sh::kWide == 0 && is_aligned(p.B, 16) && is_aligned(p.C, 16);
+    p.vectors = a.channels % 4 == 0 && p.states % Sh::kWide == 0 && is_aligned(p.B, 16) &&
+                is_aligned(p.C, 16) && p.group_row * item_bytes(a.dtype) % 16 == 0;
     for (const void* x : {a.x, a.dt, a.z, const_cast<const void*>(a.y)}) {
         p.vectors = p.vectors && is_aligned(x, 4 * item_bytes(a.dtype));
     }
@@ -169,16 +173,17 @@ cudaError_t prompt(const MambaSelectiveScan& a, const PromptPlan& p, cudaStream_
 }
 
 template <typename T, typename Sh>
-cudaError_t prompt(const MambaSelectiveScan& a, int quads, void* workspace, cudaStream_t stream) {
-    const PromptPlan p = plan<Sh>(a, {1, a.length}, quads, workspace);
+cudaError_t prompt(const MambaSelectiveScan& a, const Rows& rows, int quads, void* workspace, cudaStream_t stream) {
+    const PromptPlan p = plan<Sh>(a, rows, {1, a.length}, quads, workspace);
     const cudaError_t error = pad_states(a, p, stream);
     return error == cudaSuccess ? prompt<T, Sh>(a, p, stream) : error;
 }
 
 template <typename T, typename Sh>
-cudaError_t chunked_prompt(const MambaSelectiveScan& a, const Chunks& chunks, void* workspace, cudaStream_t stream) {
+cudaError_t chunked_prompt(
+    const MambaSelectiveScan& a, const Rows& rows, const Chunks& chunks, void* workspace, cudaStream_t stream) {
     if (workspace == nullptr) return cudaErrorInvalidValue;
-    const PromptPlan p = plan<Sh>(a, chunks, 4, workspace);
+    const PromptPlan p = plan<Sh>(a, rows, chunks, 4, workspace);
     cudaError_t error = pad_states(a, p, stream);
     if (error == cudaSuccess) error = prompt<T, Sh, true>(a, p, stream);
     if (error != cudaSuccess) return error;
@@ -203,16 +208,16 @@ int choose_quads(const MambaSelectiveScan& a, int multiprocessors, std::initiali
 }
 
 template <typename T>
-cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t stream) {
+cudaError_t prompt(const MambaSelectiveScan& a, const Rows& rows, void* workspace, cudaStream_t stream) {
     const int N = a.state_size;
     const Chunks chunks = cut(a);
     if (chunks.count > 1) {
-        return N > 16 ? chunked_prompt<T, FewBlocks32>(a, chunks, workspace, stream)
-                      : chunked_prompt<T, ManyChannels>(a, chunks, workspace, stream);
+        return N > 16 ? chunked_prompt<T, FewBlocks32>(a, rows, chunks, workspace, stream)
+                      : chunked_prompt<T, ManyChannels>(a, rows, chunks, workspace, stream);
     }
-    if (N > 128) return prompt<T, States256>(a, 2, workspace, stream);
-    if (N > 64) return prompt<T, States128>(a, 2, workspace, stream);
-    if (N > 32) return prompt<T, States64>(a, 4, workspace, stream);
+    if (N > 128) return prompt<T, States256>(a, rows, 2, workspace, stream);
+    if (N > 64) return prompt<T, States128>(a, rows, 2, workspace, stream);
+    if (N > 32) return prompt<T, States64>(a, rows, 4, workspace, stream);
     Device device;
     const cudaError_t error = device.read(pass_kernel);
     if (error != cudaSuccess) return error;
@@ -221,32 +226,43 @@ cudaError_t prompt(const MambaSelectiveScan& a, void* workspace, cudaStream_t st
     if (N > 16) {
         const bool few = a.batch * ceil_div(a.channels, 12) <= multiprocessors;
         if (few && fits(PromptShared<FewStates32>::floats(3, false))) {
-            return prompt<T, FewStates32>(a, choose_quads(a, multiprocessors, {2, 3}), workspace, stream);
+            return prompt<T, FewStates32>(a, rows, choose_quads(a, multiprocessors, {2, 3}), workspace, stream);
         }
         if (a.batch * ceil_div(a.channels, 20) <= 2 * multiprocessors) {  // all at once
-            return prompt<T, FewBlocks32>(a, choose_quads(a, multiprocessors, {4, 5}), workspace, stream);
+            return prompt<T, FewBlocks32>(a, rows, choose_quads(a, multiprocessors, {4, 5}), workspace, stream);
         }
-        return prompt<T, States32>(a, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
+        return prompt<T, States32>(a, rows, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
     }
     if (int64_t{a.batch} * a.channels >= 64 * multiprocessors) {
-        return prompt<T, ManyChannels>(a, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
+        return prompt<T, ManyChannels>(a, rows, choose_quads(a, multiprocessors, {4, 6, 8}), workspace, stream);
     }
     const bool few = a.batch * ceil_div(a.channels, 16) <= multiprocessors;
     if (few || !fits(PromptShared<MediumChannels>::floats(10, false))) {
-        return prompt<T, FewChannels>(a, choose_quads(a, multiprocessors, {2, 3, 4}), workspace, stream);
+        return prompt<T, FewChannels>(a, rows, choose_quads(a, multiprocessors, {2, 3, 4}), workspace, stream);
     }
-    return prompt<T, MediumChannels>(a, choose_quads(a, multiprocessors, {5, 6, 7, 8, 9, 10}), workspace, stream);
+    return prompt<T, MediumChannels>(a, rows, choose_quads(a, multiprocessors, {5, 6, 7, 8, 9, 10}), workspace, stream);
 }
 
 template <typename T>
-cudaError_t run(const MambaSelectiveScan& a, void* workspace, cudaStream_t stream) {
-    if (a.length > 1) return prompt<T>(a, workspace, stream);
+cudaError_t run(const MambaSelectiveScan& a, const Rows& rows, void* workspace, cudaStream_t stream) {
+    if (a.length > 1) return prompt<T>(a, rows, workspace, stream);
     cudaError_t error = cudaErrorInvalidValue;
     with_dtype(a.state_dtype, [&](auto s) { error = step<T, decltype(s)>(a, stream); });
     return error;
 }
 
 }  // namespace
+
+cudaError_t run(const MambaSelectiveScan& a, const Rows& rows, void* workspace, cudaStream_t stream) {
+    const bool dense = rows.group == a.state_size && rows.z == 1;
+    if (!is_valid(a) || (!dense && a.length == 1) || (rows.group != a.state_size && a.state_size % 8 != 0)) {
+        return cudaErrorInvalidValue;
+    }
+    cudaError_t error = cudaErrorInvalidValue;
+    with_dtype(a.dtype, [&](auto t) { error = run<decltype(t)>(a, rows, workspace, stream); });
+    return error;
+}
+
 }  // namespace scan
 }  // namespace mamba
 
@@ -257,11 +273,5 @@ extern "C" size_t mamba_selective_scan_workspace(const MambaSelectiveScan* call)
 }
 
 extern "C" int mamba_selective_scan(const MambaSelectiveScan* call, void* workspace, void* stream) {
-    using namespace mamba::scan;
-    if (!is_valid(*call)) return cudaErrorInvalidValue;
-    cudaError_t error = cudaErrorInvalidValue;
-    mamba::with_dtype(call->dtype, [&](auto t) {
-        error = run<decltype(t)>(*call, workspace, static_cast<cudaStream_t>(stream));
-    });
-    return error;
+    return mamba::scan::run(*call, {call->state_size, 1}, workspace, static_cast<cudaStream_t>(stream));
 }

@@ -31,7 +31,8 @@ struct PromptPlan {
     int chunks;
     int chunk_length;  // tokens
     bool vectors;      // four channels, and a shape's WIDE states, may be moved at once
-    int states;        // values of a row of B and of C: N, or more, zeros, in padded copies
+    int states;        // values of B and of C: N, or more, zeros, in padded copies
+    int group_row, z_rows;  // from one token to the next, of B and of C: values; of z: rows of x
     const void *B, *C;                    // [B, L, states]
     float* chunk_states;                  // [B, chunks, D, N]
     float* chunk_steps;                   // [B, chunks, D]: sums of delta
@@ -208,7 +209,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
         Base::token, Base::quad, Base::left, Base::offset, Base::kNone;
     static constexpr int kItems = Sh::kItems, kPacks = Sh::kPacks, kStep = Sh::kStep, kWide = Sh::kWide;
 
-    int64_t next_states = this->at.first_token * this->p.states;
+    int64_t next_states = this->at.first_token * this->p.group_row;
     int pack_token[kPacks], pack_state[kPacks];  // a pack is kWide states of B and of C of a token
     Raw<T, 4, kVectors> dt[kItems], x[kItems];
     Raw<T, kWide, kVectors> B[kPacks], C[kPacks];
@@ -232,7 +233,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
         x[k].load(static_cast<const T*>(a.x) + next + offset[k], left[k], used);
     }
     __device__ __forceinline__ void load_pack(int k, int from) {
-        const int n = pack_state[k], own = pack_token[k] * p.states + n;
+        const int n = pack_state[k], own = pack_token[k] * p.group_row + n;
         const bool used = from + pack_token[k] < at.used && n < p.states;
         B[k].load(static_cast<const T*>(p.B) + next_states + own, p.states - n, used);
         if (!kSummary) C[k].load(static_cast<const T*>(p.C) + next_states + own, p.states - n, used);
@@ -268,7 +269,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
                 }
             }
         }
-        next_states += static_cast<int64_t>(kStep) * p.states;
+        next_states += static_cast<int64_t>(kStep) * p.group_row;
         float delta[kItems][4], u[kItems][4];
 #pragma unroll
         for (int k = 0; k < kItems; k++) {
@@ -306,7 +307,7 @@ struct Stager : Items<T, Sh, Sh::kItems> {
         for (int k = 0; k < kPacks; k++) load_pack(k, 0);
 #pragma unroll
         for (int k = 0; k < kItems; k++) load_item(k, 0);
-        next_states += static_cast<int64_t>(kStep) * p.states;
+        next_states += static_cast<int64_t>(kStep) * p.group_row;
         next += step_elements;
         for (int i = 0; i < tiles; i++) {
 #pragma unroll 1
@@ -336,7 +337,8 @@ struct Finisher : Items<T, Sh, Sh::kFinished> {
 
     __device__ __forceinline__ void load_item(int k, int from) {
         const bool used = from + token[k] < at.used;
-        z[k].load(static_cast<const T*>(a.z) + next + offset[k], left[k], used && a.z != nullptr);
+        const unsigned gate = offset[k] + token[k] * static_cast<unsigned>((p.z_rows - 1) * a.channels);
+        z[k].load(static_cast<const T*>(a.z) + p.z_rows * next + gate, left[k], used && a.z != nullptr);
         x[k].load(static_cast<const T*>(a.x) + next + offset[k], left[k], used && a.D != nullptr);
     }
 

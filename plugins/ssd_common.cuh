@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "strided.h"
 
 namespace mamba {
 namespace ssd {

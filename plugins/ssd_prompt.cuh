@@ -388,7 +388,7 @@ struct Channels {
 // OUTPUT: y and the state of the last token; else what a segment adds to a state of zero.
 template <typename T, int NT, bool OUTPUT>
 __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : resident_blocks(2, 1))
-    chunk_kernel(const MambaSsdScan a, const Segments segments, const Layout layout) {
+    chunk_kernel(const MambaSsdScan a, const Rows from, const Segments segments, const Layout layout) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     using Warps = ChunkWarps<NT, OUTPUT>;
     using Shared = ChunkShared<NT, OUTPUT>;
@@ -414,9 +414,8 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
     const int end = min(limit, length);
     const int chunks = end > begin ? (end - begin + kChunk - 1) / kChunk : 0;
     const int64_t row0 = at.head * P + p0;  // of [B, H, P]
-    const int x_row = a.heads * P, group_row = a.groups * N;  // below 2^31, or the launcher refuses
     const int64_t token0 = static_cast<int64_t>(at.b) * a.length + begin;
-    const int64_t x_offset = token0 * x_row + static_cast<int64_t>(at.h) * P + p0;
+    const int64_t channel = static_cast<int64_t>(at.h) * P + p0;
 
     if (OUTPUT) {
         clear_outputs<T>(a, at, max(begin, length), limit, p0, min(P, p0 + PT));
@@ -452,12 +451,12 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
         return;
     }
     if (warp < Warps::kLoad) {
-        const T* const dt = static_cast<const T*>(a.dt) + token0 * a.heads + at.h;
+        const T* const dt = static_cast<const T*>(a.dt) + token0 * from.dt + at.h;
         const float A = a.A[at.h], bias = a.dt_bias == nullptr ? 0.0f : a.dt_bias[at.h];
         StepInputs<T> inputs;
         const auto load = [&](int chunk) {
             if (chunk < chunks) {
-                inputs.load(dt + static_cast<int64_t>(chunk) * kChunk * a.heads, a.heads, rows_of(chunk), lane);
+                inputs.load(dt + static_cast<int64_t>(chunk) * kChunk * from.dt, from.dt, rows_of(chunk), lane);
             }
         };
         load(0);
@@ -475,22 +474,22 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
     }
     if (warp < Warps::kChannels) {
         constexpr int kThreads = 32 * Warps::kLoaders;
-        const int64_t group_offset = token0 * group_row + static_cast<int64_t>(at.h / (a.heads / a.groups)) * N;
+        const int64_t group_offset = token0 * from.group + static_cast<int64_t>(at.h / (a.heads / a.groups)) * N;
         const int thread = static_cast<int>(threadIdx.x) - 32 * Warps::kLoad;
-        const T* const x = static_cast<const T*>(a.x) + x_offset;
+        const T* const x = static_cast<const T*>(a.x) + token0 * from.x + channel;
         const T* const B = static_cast<const T*>(a.B) + group_offset;
         const T* const C = static_cast<const T*>(a.C) + group_offset;
-        const auto load_group = [&](T* to, const T* from, int chunk) {
+        const auto load_group = [&](T* to, const T* group, int chunk) {
             load_tile<kThreads, NT / 8 < 32 ? NT / 8 : 32>(
                 to, [](int row, int col) { return Rows::at(row, col); },
-                from + static_cast<int64_t>(chunk) * kChunk * group_row, group_row, rows_of(chunk), N, NT, thread);
+                group + static_cast<int64_t>(chunk) * kChunk * from.group, from.group, rows_of(chunk), N, NT, thread);
         };
         const auto load = [&](int chunk, int stage) {
             load_group(B_of(stage), B, chunk);
             if (OUTPUT) load_group(C_of(stage), C, chunk);
             load_tile<kThreads, 8>(
                 x_of(stage), [&](int row, int col) { return row * row_x + col; },
-                x + static_cast<int64_t>(chunk) * kChunk * x_row, x_row, rows_of(chunk), P - p0, PT, thread);
+                x + static_cast<int64_t>(chunk) * kChunk * from.x, from.x, rows_of(chunk), P - p0, PT, thread);
         };
         for (int i = 0, to = 0; i < turns; i++) {
             if (i < chunks) {
@@ -528,8 +527,8 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
         }
     };
     if (OUTPUT) {
-        void* const from = whole ? const_cast<void*>(a.ssm_state) : state_of(segment);
-        with_states(from, whole ? a.state_dtype : MAMBA_FLOAT32, [&](auto* states) {
+        void* const given = whole ? const_cast<void*>(a.ssm_state) : state_of(segment);
+        with_states(given, whole ? a.state_dtype : MAMBA_FLOAT32, [&](auto* states) {
             states += (row0 + own) * N;
             state.each([&](float& v, int n, int p) {
                 if (n < N && p < cols) v = to_float(states[static_cast<int64_t>(p) * N + n]);
@@ -537,7 +536,8 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
         });
         if (kOnHopper) read_skip(lane);
     }
-    T* y = static_cast<T*>(a.y) + x_offset + own;
+    const int y_row = a.heads * P;  // below 2^31, or the launcher refuses
+    T* y = static_cast<T*>(a.y) + token0 * y_row + channel + own;
     float unit = 1.0f, product = 1.0f;  // h is in units of the first
     for (int i = 0, stage = 0; i < turns; i++) {
         const int chunk = i - last;
@@ -547,8 +547,8 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
             if constexpr (OUTPUT) {
                 if (!kOnHopper) read_skip(not_ahead(lane));  // or there are too few registers on some
                 state.output(
-                    C_of(stage), scores[chunk % 2], steps[stage], x, row_x, skip, unit, y, x_row, rows_of(chunk), cols);
-                y += static_cast<int64_t>(kChunk) * x_row;
+                    C_of(stage), scores[chunk % 2], steps[stage], x, row_x, skip, unit, y, y_row, rows_of(chunk), cols);
+                y += static_cast<int64_t>(kChunk) * y_row;
             }
             float carry = steps[stage].total;
             if (!OUTPUT) product *= carry;

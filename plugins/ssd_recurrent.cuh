@@ -28,7 +28,7 @@ struct Recurrent {
 // OUTPUT: y and the state of the last token; else what a segment adds to a state of zero, into segments.states.
 template <typename T, int LANES, bool OUTPUT>
 __global__ void __launch_bounds__(32 * Recurrent<LANES>::kWarps)
-    recurrent_kernel(const MambaSsdScan a, const Segments segments, uint32_t tiles) {
+    recurrent_kernel(const MambaSsdScan a, const Rows from, const Segments segments, uint32_t tiles) {
     using Sizes = Recurrent<LANES>;
     constexpr int kTokens = Sizes::kTokens, kWidth = Sizes::kWidth, kRows = Sizes::kRows, kWarps = Sizes::kWarps;
     extern __shared__ __align__(16) unsigned char shared[];
@@ -74,19 +74,19 @@ __global__ void __launch_bounds__(32 * Recurrent<LANES>::kWarps)
     const bool whole = segments.count == 1;
     float* const segment_states = whole ? nullptr : segments.states + segment * rows_total * N;
     if (OUTPUT) {
-        void* const from = whole ? const_cast<void*>(a.ssm_state) : segment_states;
-        with_states(from, whole ? a.state_dtype : MAMBA_FLOAT32,
+        void* const given = whole ? const_cast<void*>(a.ssm_state) : segment_states;
+        with_states(given, whole ? a.state_dtype : MAMBA_FLOAT32,
                     [&](auto* states) { each([&](float& v, int64_t e) { v = to_float(states[e]); }); });
     }
 
-    const int64_t group_row = static_cast<int64_t>(a.groups) * N, x_row = static_cast<int64_t>(a.heads) * P;
+    const int64_t group_row = from.group, x_row = from.x, y_row = static_cast<int64_t>(a.heads) * P;
     const int64_t token0 = static_cast<int64_t>(at.b) * a.length;
     const int64_t group = at.h / (a.heads / a.groups);
     const T* const B = static_cast<const T*>(a.B) + token0 * group_row + group * N;
     const T* const C = static_cast<const T*>(a.C) + token0 * group_row + group * N;
     const T* const x = static_cast<const T*>(a.x) + token0 * x_row + static_cast<int64_t>(at.h) * P + p0;
-    const T* const dt = static_cast<const T*>(a.dt) + token0 * a.heads + at.h;
-    T* const y = static_cast<T*>(a.y) + token0 * x_row + static_cast<int64_t>(at.h) * P + p0;
+    const T* const dt = static_cast<const T*>(a.dt) + token0 * from.dt + at.h;
+    T* const y = static_cast<T*>(a.y) + token0 * y_row + static_cast<int64_t>(at.h) * P + p0;
     const float A = a.A[at.h], bias = a.dt_bias == nullptr ? 0.0f : a.dt_bias[at.h];
     float product = 1.0f;
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(32 * Recurrent<LANES>::kWarps)
         if (thread < kTokens) {  // past the end a token that changes nothing
             float2 step = make_float2(0.0f, 1.0f);
             if (thread < count) {
-                step.x = step_size(a, to_float(load_constant(dt + static_cast<int64_t>(t0 + thread) * a.heads)), bias);
+                step.x = step_size(a, to_float(load_constant(dt + static_cast<int64_t>(t0 + thread) * from.dt)), bias);
                 step.y = expf(step.x * A);
             }
             steps[thread] = step;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(32 * Recurrent<LANES>::kWarps)
                 if (r >= kRows || p0 + r >= P) continue;
                 const float skip = skip_of(a, at.h, p0 + r);
                 for (int t = warp; t < count; t += kWarps) {
-                    y[(t0 + t) * x_row + r] = from_float<T>(fmaf(skip, xs[t * kRows + r], ys[t * kRows + r]));
+                    y[(t0 + t) * y_row + r] = from_float<T>(fmaf(skip, xs[t * kRows + r], ys[t * kRows + r]));
                 }
             }
             __syncthreads();

@@ -21,6 +21,11 @@ constexpr int kFewTokens = 4;    // up to here one after the other is faster tha
 
 int64_t heads_of(const MambaSsdScan& a) { return static_cast<int64_t>(a.batch) * a.heads; }
 
+Rows dense_rows(const MambaSsdScan& a) {
+    return {static_cast<int32_t>(int64_t{a.heads} * a.head_dim), static_cast<int32_t>(int64_t{a.groups} * a.state_size),
+            a.heads};
+}
+
 bool is_valid(const MambaSsdScan& a) {
     const bool sizes = a.batch > 0 && a.length > 0 && a.length <= kMaxLength && a.heads > 0 && a.head_dim > 0 &&
                        a.state_size > 0 && a.state_size <= 256 && a.groups > 0 && a.heads % a.groups == 0;
@@ -169,44 +174,44 @@ cudaError_t pass_states(const MambaSsdScan& a, const Segments& segments, cudaStr
 
 template <typename Layout>
 struct Kernel {
-    void (*run)(MambaSsdScan, Segments, Layout);
+    void (*run)(MambaSsdScan, Rows, Segments, Layout);
     int threads;
     size_t shared;
 };
 
 // All kernels of a prompt: states of the segments, what each starts from, outputs.
 template <typename Layout>
-cudaError_t prompt(const MambaSsdScan& a, const Segments& segments, int64_t tiles, const Kernel<Layout>& states,
-                   const Kernel<Layout>& output, const Layout& layout, cudaStream_t stream) {
+cudaError_t prompt(const MambaSsdScan& a, const Rows& rows, const Segments& segments, int64_t tiles,
+                   const Kernel<Layout>& states, const Kernel<Layout>& output, const Layout& layout, cudaStream_t stream) {
     const int64_t blocks = heads_of(a) * tiles;
     const int64_t row = std::max(static_cast<int64_t>(a.heads) * a.head_dim, static_cast<int64_t>(a.groups) * a.state_size);
     if (blocks > INT_MAX || row > INT_MAX) return cudaErrorInvalidValue;
     const unsigned width = static_cast<unsigned>(blocks), count = static_cast<unsigned>(segments.count);
     if (count > 1) {
         cudaError_t error =
-            launch(states.run, dim3(width, count - 1), states.threads, states.shared, stream, a, segments, layout);
+            launch(states.run, dim3(width, count - 1), states.threads, states.shared, stream, a, rows, segments, layout);
         if (error == cudaSuccess) error = pass_states(a, segments, stream);
         if (error != cudaSuccess) return error;
     }
-    return launch(output.run, dim3(width, count), output.threads, output.shared, stream, a, segments, layout);
+    return launch(output.run, dim3(width, count), output.threads, output.shared, stream, a, rows, segments, layout);
 }
 
 template <typename T, int LANES>
-cudaError_t recurrent(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream) {
+cudaError_t recurrent(const MambaSsdScan& a, const Rows& rows, const Device& device, void* workspace, cudaStream_t stream) {
     using Sizes = Recurrent<LANES>;
     const int64_t tiles = ceil_div(a.head_dim, Sizes::kRows);
     const Segments segments = cut(a, heads_of(a) * tiles, device.multiprocessors, {4.0, 0.6, 0.7}, workspace);
     const auto kernel = [](auto run) { return Kernel<uint32_t>{run, 32 * Sizes::kWarps, Sizes::kSharedBytes}; };
-    return prompt(a, segments, tiles, kernel(recurrent_kernel<T, LANES, false>), kernel(recurrent_kernel<T, LANES, true>),
-                  static_cast<uint32_t>(tiles), stream);
+    return prompt(a, rows, segments, tiles, kernel(recurrent_kernel<T, LANES, false>),
+                  kernel(recurrent_kernel<T, LANES, true>), static_cast<uint32_t>(tiles), stream);
 }
 
 template <typename T>
-cudaError_t recurrent(const MambaSsdScan& a, const Device& device, void* workspace, cudaStream_t stream) {
-    if (a.state_size <= 32) return recurrent<T, 4>(a, device, workspace, stream);
-    if (a.state_size <= 64) return recurrent<T, 8>(a, device, workspace, stream);
-    if (a.state_size <= 128) return recurrent<T, 16>(a, device, workspace, stream);
-    return recurrent<T, 32>(a, device, workspace, stream);
+cudaError_t recurrent(const MambaSsdScan& a, const Rows& rows, const Device& device, void* workspace, cudaStream_t stream) {
+    if (a.state_size <= 32) return recurrent<T, 4>(a, rows, device, workspace, stream);
+    if (a.state_size <= 64) return recurrent<T, 8>(a, rows, device, workspace, stream);
+    if (a.state_size <= 128) return recurrent<T, 16>(a, rows, device, workspace, stream);
+    return recurrent<T, 32>(a, rows, device, workspace, stream);
 }
 
 // --- sizes that the tensor cores do not take
@@ -222,24 +227,28 @@ bool is_padded(const MambaSsdScan& a) {
 // into the copy it came in from.
 struct Padding {
     MambaSsdScan call;
+    Rows rows;
     pad::Copy before[5], after[2];
     int befores = 0, afters = 0;
     uintptr_t end = 0;  // of the workspace
 };
 
 // The call as it is.
-Padding no_padding(const MambaSsdScan& a) {
+Padding no_padding(const MambaSsdScan& a, const Rows& rows) {
     Padding padding;
     padding.call = a;
+    padding.rows = rows;
     return padding;
 }
 
 // In the workspace, first what the segments take.
-Padding make_padding(const MambaSsdScan& a, uintptr_t workspace) {
-    Padding padding = no_padding(a);
+Padding make_padding(const MambaSsdScan& a, const Rows& rows, uintptr_t workspace) {
+    Padding padding = no_padding(a, rows);
     MambaSsdScan& to = padding.call;
     to.head_dim = pad::padded(a.head_dim);
     to.state_size = pad::padded(a.state_size);
+    padding.rows.x = a.heads * to.head_dim;
+    padding.rows.group = a.groups * to.state_size;
     padding.end = workspace + 4 * floats_of_segments(to);
     const auto take = [&](int64_t count, int32_t rows, int32_t cols, int32_t bytes) {
         void* const taken = reinterpret_cast<void*>(padding.end);
@@ -305,19 +314,19 @@ cudaError_t chunked(const Padding& padding, const Device& device, void* workspac
     const Kernel<Layout> output_kernel = {output, threads(Warps::kChannels), shared};
     cudaError_t error = pad::copy(padding.before, padding.befores, stream);
     if (error == cudaSuccess) {
-        error = prompt(a, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
+        error = prompt(a, padding.rows, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
     }
     return error == cudaSuccess ? pad::copy(padding.after, padding.afters, stream) : error;
 }
 
 // Rows of x, y, B and C of a head begin at multiples of 16 bytes.
-bool is_aligned(const MambaSsdScan& a) {
-    return a.head_dim % 8 == 0 && a.state_size % 8 == 0 && mamba::is_aligned(a.x, 16) && mamba::is_aligned(a.y, 16) &&
+bool is_aligned(const MambaSsdScan& a, const Rows& rows) {
+    return a.head_dim % 8 == 0 && a.state_size % 8 == 0 && rows.x % 8 == 0 && rows.group % 8 == 0 && mamba::is_aligned(a.x, 16) && mamba::is_aligned(a.y, 16) &&
            mamba::is_aligned(a.B, 16) && mamba::is_aligned(a.C, 16);
 }
 
 template <typename T>
-cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
+cudaError_t scan(const MambaSsdScan& a, const Rows& rows, void* workspace, cudaStream_t stream) {
     if (a.length == 1) {
         cudaError_t error = cudaErrorInvalidValue;
         const auto at = [](const void* p) { return static_cast<const T*>(p); };
@@ -333,9 +342,9 @@ cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
     if constexpr (sizeof(T) == 2) {
         bool done = false;
         const Padding padding = is_padded(a) && workspace != nullptr
-                                    ? make_padding(a, reinterpret_cast<uintptr_t>(workspace))
-                                    : no_padding(a);
-        if (a.length > kFewTokens && is_aligned(padding.call)) {
+                                    ? make_padding(a, rows, reinterpret_cast<uintptr_t>(workspace))
+                                    : no_padding(a, rows);
+        if (a.length > kFewTokens && is_aligned(padding.call, padding.rows)) {
             if (a.state_size <= 64) {
                 error = chunked<T, 64>(padding, device, workspace, stream, &done);
             } else if (a.state_size <= 128) {
@@ -346,7 +355,7 @@ cudaError_t scan(const MambaSsdScan& a, void* workspace, cudaStream_t stream) {
         }
         if (done || error != cudaSuccess) return error;
     }
-    return recurrent<T>(a, device, workspace, stream);
+    return recurrent<T>(a, rows, device, workspace, stream);
 }
 
 // Of a row of the projection: z, x, B, C, dt side by side.
@@ -376,24 +385,29 @@ cudaError_t step(const MambaSsdUpdate& c, cudaStream_t stream) {
 }
 
 }  // namespace
+
+cudaError_t run(const MambaSsdScan& a, const Rows& rows, void* workspace, cudaStream_t stream) {
+    if (!is_valid(a)) return cudaErrorInvalidValue;
+    const Rows dense = dense_rows(a);
+    const bool apart = rows.x != dense.x || rows.group != dense.group, by_8 = a.head_dim % 8 == 0 && a.state_size % 8 == 0;
+    if ((apart && !by_8) || (a.length == 1 && (apart || rows.dt != dense.dt))) return cudaErrorInvalidValue;
+    cudaError_t error = cudaErrorInvalidValue;
+    with_dtype(a.dtype, [&](auto t) { error = scan<decltype(t)>(a, rows, workspace, stream); });
+    return error;
+}
+
 }  // namespace ssd
 }  // namespace mamba
 
 extern "C" size_t mamba_ssd_scan_workspace(const MambaSsdScan* call) {
     using namespace mamba::ssd;
     if (!is_valid(*call)) return 0;
-    if (is_padded(*call)) return make_padding(*call, 0).end;
+    if (is_padded(*call)) return make_padding(*call, dense_rows(*call), 0).end;
     return mamba::workspace_bytes(floats_of_segments(*call));
 }
 
 extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream) {
-    using namespace mamba::ssd;
-    if (!is_valid(*call)) return cudaErrorInvalidValue;
-    cudaError_t error = cudaErrorInvalidValue;
-    mamba::with_dtype(call->dtype, [&](auto t) {
-        error = scan<decltype(t)>(*call, workspace, static_cast<cudaStream_t>(stream));
-    });
-    return error;
+    return mamba::ssd::run(*call, mamba::ssd::dense_rows(*call), workspace, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" size_t mamba_ssd_update_workspace(const MambaSsdUpdate*) { return 0; }

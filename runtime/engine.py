@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle, bound_weights
-from mamba_deploy.contract import Contract, numpy_dtype, to_float32
+from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle
+from mamba_deploy.contract import Contract, TensorSpec, numpy_dtype, to_float32
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
 from mamba_deploy.runtime.ahead import BLOCK, LOG_STEPS, Ahead
@@ -26,7 +26,7 @@ from mamba_deploy.runtime.gpu_state import GpuState, state_bytes
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
 
-__all__ = ["MarkedEngine", "TensorRTBackend", "load_engines"]
+__all__ = ["MarkedEngine", "TensorRTBackend", "load_engine"]
 
 DECODE, PROMPT = 0, 1  # profiles of the engine
 _STEPS_KEPT = 16  # single tokens that are read before the state is copied again
@@ -106,16 +106,14 @@ class TensorRTBackend:
         log = trt.logger(self._say)
         plugins: PluginKind = facts["plugins"]
         self._plugins = trt.load_plugins(plugins, self._say)
+        if facts.get("fused"):
+            trt.find_products()
         path = engine.path if engine else bundle.file(ENGINES[backend])
-        engines = load_engines(trt, log, path, facts)
+        self._engine: Any = load_engine(trt, log, path)
         marked = engine.marked if engine else ()
-        decode = facts.get("decode")  # where it has an engine of its own
-        weights = [decode["weights"] if decode else facts["weights"], facts["weights"]]  # by profile
-        _check_tensors(engines[PROMPT], self._contract, [*weights[PROMPT], *marked])
-        if decode:
-            _check_tensors(engines[DECODE], self._contract, weights[DECODE], without=("next_token",))
-        self._has_next_token = [not decode, True]
-        self._engines: list[Any] = engines
+        left_out = ("next_token",) if facts.get("fused") else ()
+        self._bound_specs = [spec for spec in self._contract.tensors if spec.name not in left_out]
+        _check_tensors(self._engine, self._bound_specs, [*facts["weights"], *marked])
         self._log = log
 
         def allocate(nbytes: int, what: str) -> Memory:
@@ -126,8 +124,8 @@ class TensorRTBackend:
         contract, V = self._contract, next(s for s in self._contract.outputs if s.role == "logits").axes[-1]
         assert isinstance(V, int)
         self._vocab_size = V
-        self._weights = self._upload_weights(bundle, bound_weights(facts), allocate)
-        scratch = max(trt.memory_bytes(of_profile) for of_profile in engines)
+        self._weights = self._upload_weights(bundle, facts["weights"], allocate)
+        scratch = trt.memory_bytes(self._engine)
         memory = allocate(scratch, "the engine's scratch memory")
         state = state_bytes(contract, self.max_batch)
         self._state_memory = allocate(state, f"the state of {self.max_batch} rows")
@@ -140,8 +138,8 @@ class TensorRTBackend:
         tokens = max(self._prefill_batch * self.max_chunk, self.max_batch)
         self._marked: dict[str, tuple[int, str, tuple[int, ...]]] = {}  # address, dtype, axes after [batch, seq]
         for name in marked:
-            dtype = _TRT_DTYPES[engines[PROMPT].get_tensor_dtype(name).name]
-            axes = tuple(engines[PROMPT].get_tensor_shape(name))[2:]
+            dtype = _TRT_DTYPES[self._engine.get_tensor_dtype(name).name]
+            axes = tuple(self._engine.get_tensor_shape(name))[2:]
             nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
             self._marked[name] = (allocate(nbytes, name).address, dtype, axes)
         self._ids = allocate(4 * tokens, "token ids")
@@ -158,17 +156,15 @@ class TensorRTBackend:
         self._host_lens, _ = self.device.host_array((self.max_batch,), np.int32)
         self._host_logits, _ = self.device.host_array((self.max_batch, V), np.float32)
         self._contexts = []
-        for profile, of_profile in enumerate(engines):
-            context = trt.new_context(of_profile, memory.address, scratch)
-            index = 0 if decode else profile
-            if context is None or not context.set_optimization_profile_async(index, self.device.stream):
+        for profile in (DECODE, PROMPT):
+            context = trt.new_context(self._engine, memory.address, scratch)
+            if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
                 raise EngineError(f"{trt.label} makes no execution context: {'; '.join(log.errors[-3:])}")
-            for name in weights[profile]:
-                context.set_input_shape(name, tuple(of_profile.get_tensor_shape(name)))
-                context.set_tensor_address(name, self._weights[name])
-            if profile == PROMPT or not decode:
-                for name, (address, _, _) in self._marked.items():
-                    context.set_tensor_address(name, address)
+            for name, address in self._weights.items():
+                context.set_input_shape(name, tuple(self._engine.get_tensor_shape(name)))
+                context.set_tensor_address(name, address)
+            for name, (address, _, _) in self._marked.items():
+                context.set_tensor_address(name, address)
             self._contexts.append(context)
         self.device.synchronize()
         self._state: GpuState | None = None
@@ -178,7 +174,7 @@ class TensorRTBackend:
     def _upload_weights(
         self, bundle: Bundle, places: Mapping[str, Any], allocate: Callable[[int, str], Memory]
     ) -> dict[str, int]:
-        """Of engines that are given their weights: the address of each, all in one allocation."""
+        """Of an engine that is given its weights: the address of each, all in one allocation."""
         if not places:
             return {}
         starts, size = {}, 0
@@ -511,9 +507,7 @@ class TensorRTBackend:
         memories = {"tokens": self._ids, "lengths": self._lens, "logits": self._logits, "next_token": self._next}
         by_role = {role: memory.address for role, memory in memories.items()}
         accepted = True
-        for spec in self._contract.tensors:
-            if spec.role == "next_token" and not self._has_next_token[profile]:
-                continue
+        for spec in self._bound_specs:
             if spec.direction == "in":
                 accepted &= context.set_input_shape(spec.name, spec.shape(batch, seq))
                 address = states[spec.name] if spec.role == "state" else by_role[spec.role]
@@ -536,7 +530,7 @@ class TensorRTBackend:
                 device.synchronize()
             for graph in getattr(self, "_graphs", {}).values():
                 graph.free()
-            self._contexts, self._engines = [], []
+            self._contexts, self._engine = [], None
             for memory in self._memories:
                 memory.free()
 
@@ -548,29 +542,21 @@ class TensorRTBackend:
         self._cleanup.close()
 
 
-def load_engines(trt: TensorRT, log: Any, path: Path, facts: Mapping[str, Any]) -> list[Any]:
-    """The engines of decode and prompt, which are one where the file holds but one.
-
-    Deserialised from a map of the file, so that its bytes are in memory but once.
+def load_engine(trt: TensorRT, log: Any, path: Path) -> Any:
+    """The engine, deserialised from a map of the file, so that its bytes are in memory but once.
 
     Raises:
-        EngineError: TensorRT does not load them.
+        EngineError: TensorRT does not load it.
     """
-    split = facts["decode"]["start"] if facts.get("decode") else None
     runtime = trt.module.Runtime(log)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        parts = [memoryview(content)[:split]] + ([memoryview(content)[split:]] if split else [])
-        try:
-            made = [runtime.deserialize_cuda_engine(part) for part in parts]
-        finally:
-            for part in parts:
-                part.release()  # or the map cannot be closed
-    if None in made:
+        made = runtime.deserialize_cuda_engine(content)
+    if made is None:
         raise EngineError(
             f"{trt.label} does not load {path}: {'; '.join(log.errors[-3:])}",
             hint=f"build it again: mamba-deploy build {path.parent}",
         )
-    return [made[-1], made[0]]
+    return made
 
 
 def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device: Device) -> None:
@@ -592,10 +578,9 @@ def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device:
             )
 
 
-def _check_tensors(engine: Any, contract: Contract, others: Iterable[str], without: Sequence[str] = ()) -> None:
-    """Raise unless the engine takes and gives what the contract says, but for some, and these others."""
+def _check_tensors(engine: Any, specs: Sequence[TensorSpec], others: Iterable[str]) -> None:
+    """Raise unless the engine takes and gives what the contract says, and these others."""
     names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    specs = [spec for spec in contract.tensors if spec.name not in without]
     wanted = {spec.name for spec in specs} | set(others)
     if odd := sorted(names ^ wanted):
         raise EngineError(f"the engine and the contract do not have the same tensors: {', '.join(odd[:4])}")

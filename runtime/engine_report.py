@@ -10,7 +10,7 @@ from typing import Any
 from mamba_deploy.bundle import ENGINES, Bundle
 from mamba_deploy.errors import EngineError, MambaDeployError
 from mamba_deploy.runtime.device import Device
-from mamba_deploy.runtime.engine import load_engines
+from mamba_deploy.runtime.engine import load_engine
 from mamba_deploy.runtime.trt import load
 
 __all__ = ["layers", "parse"]
@@ -32,20 +32,15 @@ def layers(path: Path, backend: str) -> dict[str, Any]:
             with device:
                 log = trt.logger(lambda message: None)
                 trt.load_plugins(facts["plugins"])
-                engines = load_engines(trt, log, path / ENGINES[backend], facts)
-                texts = []
-                for engine in engines if facts.get("decode") else engines[:1]:
-                    inspector = engine.create_engine_inspector()
-                    texts.append(inspector.get_engine_information(trt.module.LayerInformationFormat.JSON))
-                    del inspector, engine
-                del engines  # before the device goes
+                engine = load_engine(trt, log, path / ENGINES[backend])
+                inspector = engine.create_engine_inspector()
+                text = inspector.get_engine_information(trt.module.LayerInformationFormat.JSON)
+                del inspector, engine  # before the device goes
         finally:
             device.close()
     except MambaDeployError as error:
         return {"no_layers": str(error)}
-    if len(texts) == 1:
-        return {"profiles": parse(texts[0])}
-    return {"profiles": {str(i): parse(text)["0"] for i, text in enumerate(texts)}}
+    return {"profiles": parse(text)}
 
 
 def parse(text: str) -> dict[str, list[dict[str, str]]]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from mamba_deploy.bundle import ENGINES
 from mamba_deploy.errors import EngineError, MissingDependencyError, PluginError, require
+from mamba_deploy.plugins import cublas
 from mamba_deploy.plugins.build import PRODUCTS, current, plugin_library, sources_hash
 from mamba_deploy.plugins.python_plugin import register
 from mamba_deploy.versions import release
@@ -162,6 +163,14 @@ class TensorRT:
             raise PluginError(
                 f"{self.label} does not load {path}", hint="build it again: mamba-deploy plugin build --force"
             )
+
+    def find_products(self) -> None:
+        """Have cuBLAS open, which an engine that is one operator takes its products from.
+
+        Raises:
+            PluginError: There is none.
+        """
+        cublas.find()
 
     @property
     def plugin_sources(self) -> str:

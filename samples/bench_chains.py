@@ -3,7 +3,7 @@
     mamba-deploy plugin build --kernels-only
     python samples/bench_chains.py --mamba-ssm DIR --models mamba-2.8b,mamba2-2.7b --batch 1,64
 
-What TensorRT makes of the fused graph is this chain and the kernel that looks the embedding up; here PyTorch does that.
+The operator that an engine is made of runs this chain, after a kernel that looks the embedding up; here PyTorch does.
 No checkpoint, export or engine is needed, so models of billions of parameters are measured in seconds. Needs PyTorch
 for CUDA and, for the peer, what bench_peers.py needs, which says how the contenders take turns, what a peer is and what
 the limit is. Their logits are compared first.

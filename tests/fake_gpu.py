@@ -191,21 +191,20 @@ class FakeEngine:
         self.device, self.bundle = device, Bundle.open(said["bundle"])
         marked = said.get("mark", [])
         self.facts = said.get("facts") or self.bundle.engine("tensorrt")
-        self.part = said.get("part")
         self.tensors = {spec.name: spec for spec in self.bundle.contract.tensors}
         self.weights: dict[str, Any] = {}  # that are inputs
-        if self.part == "decode":
+        if said.get("fused"):
             del self.tensors["next_token"]
-            self.weights, self.session = step_session(self.bundle)
-            dtype = self.bundle.contract.dtype
-            self.tensors |= {name: TensorSpec(name, "in", dtype, w.shape, "weight") for name, w in self.weights.items()}
+            self.weights = weights_of(self.bundle)
+            names = {np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
+            self.tensors |= {n: TensorSpec(n, "in", names[w.dtype], w.shape, "weight") for n, w in self.weights.items()}
         axes = ("batch", "seq", self.bundle.config.d_model)
         self.tensors |= {name: TensorSpec(name, "out", "float32", axes, "logits") for name in marked}
         if marked:
             from mamba_deploy.exporters.layers import onnxruntime_session  # which needs onnx
 
             self.session = onnxruntime_session(self.bundle, marked, threads=1)
-        elif self.part != "decode":
+        else:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = 1, 3
             self.session = onnxruntime.InferenceSession(str(self.bundle.path / PORTABLE), options)
@@ -223,29 +222,20 @@ class FakeEngine:
         return tuple(-1 if isinstance(axis, str) else axis for axis in self.tensors[name].axes)
 
 
-def step_session(bundle: Bundle) -> tuple[dict[str, Any], Any]:
-    """ONNX Runtime over the fused graph of a step, and the weights of that graph that lie in the weights file."""
+def weights_of(bundle: Bundle) -> dict[str, Any]:
+    """What a fused engine is given, by name."""
     import onnx
 
-    from mamba_deploy.exporters.step_graph import step_bodies, step_graph
-
-    model = onnx.load(bundle.path / PORTABLE)
-    weights = {
-        t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.name in decode_weights(bundle)
-    }
-    step = step_graph(model, bundle.config, bundle.contract)
-    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-    step.functions.extend(step_bodies(bundle.config, bundle.contract, opset))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    return weights, onnxruntime.InferenceSession(step.SerializeToString(), options)
+    bound = bound_weights(bundle)
+    graph = onnx.load(bundle.path / PORTABLE).graph
+    return {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name in bound}
 
 
-def decode_weights(bundle: Bundle) -> dict[str, list[int]]:
-    """Offset and length of what a split engine is given."""
-    from mamba_deploy.exporters.engine_graph import step_parser_graph
+def bound_weights(bundle: Bundle) -> dict[str, list[int]]:
+    """Offset and length of it."""
+    from mamba_deploy.exporters.engine_graph import model_parser_graph
 
-    graph = step_parser_graph(bundle.path / PORTABLE, bundle.config, bundle.contract, bind_from=1)
+    graph = model_parser_graph(bundle.path / PORTABLE, bundle.config, bundle.contract)
     return {name: list(place) for name, place in graph.weights.items()}
 
 
@@ -263,9 +253,7 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if name == "input_ids":
             facts = self.engine.facts
-            assert self.engine.part is None or self.profile == 0
-            profile = self.profile if self.engine.part is None else ["decode", "prompt"].index(self.engine.part)
-            limits = [(facts["max_batch"], 1), (facts["prefill_batch"], facts["max_prefill"])][profile]
+            limits = [(facts["max_batch"], 1), (facts["prefill_batch"], facts["max_prefill"])][self.profile]
             if not all(1 <= size <= limit for size, limit in zip(shape, limits, strict=True)):
                 return False
         self.shapes[name] = tuple(shape)
@@ -376,6 +364,9 @@ class FakeTensorRT:
     def load_plugins(self, kind: str, say: Any) -> str:
         return "python"
 
+    def find_products(self) -> None:
+        pass
+
     def memory_bytes(self, engine: Any) -> int:
         return int(engine.device_memory_size)
 
@@ -391,15 +382,13 @@ def give_engine(
     max_batch: int = 8,
     max_prefill: int = 2048,
     prefill_batch: int = 1,
-    split: bool = False,
+    fused: bool = False,
     **other: Any,
 ) -> Bundle:
-    """Put an engine of the fake TensorRT into a bundle; ``split``, one for prompts and one for a fused step."""
+    """Put an engine of the fake TensorRT into a bundle; ``fused``, one that is given its weights."""
     bundle = Bundle.open(path)
     made = bundle.path / ".engine"
-    content = json.dumps({"bundle": str(bundle.path), **({"part": "prompt"} if split else {})})
-    decode = {"start": len(content), "weights": decode_weights(bundle)} if split else None
-    made.write_text(content + (json.dumps({"bundle": str(bundle.path), "part": "decode"}) if split else ""))
+    made.write_text(json.dumps({"bundle": str(bundle.path), "fused": fused}))
     facts = {
         "product": FakeTensorRT.product,
         "version": FakeTensorRT.version,
@@ -411,8 +400,8 @@ def give_engine(
         "max_batch": max_batch,
         "max_prefill": max_prefill,
         "prefill_batch": prefill_batch,
-        "weights": {},
-        "decode": decode,
+        "weights": bound_weights(bundle) if fused else {},
+        "fused": fused,
         "build_seconds": 1.5,
         **other,
     }
@@ -433,7 +422,7 @@ def build_marked(bundle: Bundle, request: dict[str, Any], folder: Path, say: Cal
         "plugin_sources": FakeTensorRT.plugin_sources,
         "architecture": FakeDevice.architecture,
         "weights": {},
-        "decode": None,
+        "fused": False,
         "build_seconds": 0.0,
     }
 

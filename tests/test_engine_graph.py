@@ -15,10 +15,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from mamba_deploy.bundle import PORTABLE, WEIGHTS
+from mamba_deploy.bundle import PORTABLE, WEIGHTS, Bundle
 from mamba_deploy.errors import ExportError
 from mamba_deploy.exporters import engine_graph
-from mamba_deploy.exporters.engine_graph import parser_graph
+from mamba_deploy.exporters.engine_graph import model_parser_graph, parser_graph
 from mamba_deploy.exporters.export import export
 from mamba_deploy.plugins.rules import DOMAIN, GIVEN_INPUTS, OPS
 
@@ -248,6 +248,32 @@ def test_large_weights_become_inputs(larger: Path) -> None:
         assert [d.dim_value for d in value.shape.dim] == list(values[name].const_value.shape)
         assert value.elem_type == TensorProto.FLOAT16
     assert {tensor.name for tensor in graph.initializer} == set(values) - expected
+
+
+def test_all_weights_of_the_model_as_one_operator_become_inputs(larger: Path) -> None:
+    """But those that lie in model.onnx itself: small ones, which TensorRT hands to the plugin as constants."""
+    bundle = Bundle.open(larger)
+    found = model_parser_graph(larger / PORTABLE, bundle.config, bundle.contract, newest_opset=NEWEST)
+    graph = onnx.load_from_string(found.content).graph
+    values = onnx_ir.load(larger / PORTABLE).graph.initializers
+    content = (larger / WEIGHTS).read_bytes()
+    [node] = graph.node
+    own = {spec.name for spec in bundle.contract.inputs}
+    weights = [name for name in node.input if name not in own]
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    assert set(found.weights) | set(held) == set(weights)
+    assert not set(found.weights) & set(held)
+    assert len(weights) == len(set(weights))
+    for name, (offset, length) in found.weights.items():
+        assert content[offset : offset + length] == values[name].const_value.numpy().tobytes()
+    for tensor in held.values():
+        assert not tensor.external_data
+        assert tensor.raw_data == values[tensor.name].const_value.numpy().tobytes()
+        assert len(tensor.raw_data) < 2048
+    inputs = [value.name for value in graph.input]
+    assert inputs == [*(spec.name for spec in bundle.contract.inputs), *found.weights]
+    assert [entry.version for entry in onnx.load_from_string(found.content).opset_import] == [NEWEST, 1]
+    assert set(found.dtypes.values()) == {"float32", "float16", "int32"}
 
 
 def test_a_weight_that_is_transposed_is_not_bound(larger: Path, all_logits: bool) -> None:

@@ -40,7 +40,8 @@ STEP = {
     "out_proj": kernels.MambaOutProj,
     "head": kernels.MambaHead,
 }
-STRUCTS = {**OPS, **STEP, "sample_token": kernels.MambaSampleToken}  # which is no op of a graph
+STRUCTS = {**OPS, **STEP, "model": kernels.MambaModel, "sample_token": kernels.MambaSampleToken}
+EVERY = [*STRUCTS.values(), kernels.MambaLayer]
 STUB = """
 #include <string.h>
 #include "mamba_kernels.h"
@@ -68,6 +69,7 @@ OP(mamba_ssd_scan, MambaSsdScan)
 OP(mamba_last_token, MambaLastToken)
 #endif
 OP(mamba_sample_token, MambaSampleToken)
+OP(mamba_model, MambaModel)
 """ + "".join(f"OP(mamba_{op}, {struct.__name__})\n" for op, struct in STEP.items())
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "int32": 4, "int64": 8, "float64": 8}
 TYPESTR = {"float32": "<f4", "float16": "<f2", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float64": "<f8"}
@@ -127,27 +129,27 @@ def header_fields(struct: str) -> list[tuple[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("op", STRUCTS)
-def test_struct_has_the_fields_of_the_header(op):
-    assert list(STRUCTS[op]._fields_) == header_fields(STRUCTS[op].__name__)
+@pytest.mark.parametrize("struct", EVERY)
+def test_struct_has_the_fields_of_the_header(struct):
+    assert list(struct._fields_) == header_fields(struct.__name__)
 
 
 def test_every_struct_and_function_of_the_header_has_a_caller():
-    assert set(re.findall(r"typedef struct (\w+)", HEADER)) == {struct.__name__ for struct in STRUCTS.values()}
+    assert set(re.findall(r"typedef struct (\w+)", HEADER)) == {struct.__name__ for struct in EVERY}
     functions = {name for op in STRUCTS for name in (f"mamba_{op}", f"mamba_{op}_workspace")}
     assert set(re.findall(r"^\w+ (mamba_\w+)\(", HEADER, re.M)) == functions
 
 
 def test_structs_lie_in_memory_as_the_compiler_lays_them(tmp_path):
-    fields = [(struct, name) for struct in STRUCTS.values() for name, _ in struct._fields_]
+    fields = [(struct, name) for struct in EVERY for name, _ in struct._fields_]
     lines = [f'printf("%zu\\n", offsetof({struct.__name__}, {name}));' for struct, name in fields]
-    lines += [f'printf("%zu\\n", sizeof({struct.__name__}));' for struct in STRUCTS.values()]
+    lines += [f'printf("%zu\\n", sizeof({struct.__name__}));' for struct in EVERY]
     source = tmp_path / "offsets.c"
     main = "int main(void) {\n" + "\n".join(lines) + "\nreturn 0;\n}\n"
     source.write_text('#include <stdio.h>\n#include "mamba_kernels.h"\n' + main, encoding="utf-8")
     gcc("-o", tmp_path / "offsets", source)
     printed = subprocess.run([tmp_path / "offsets"], check=True, capture_output=True, text=True).stdout
-    ours = [getattr(struct, name).offset for struct, name in fields] + [ctypes.sizeof(s) for s in STRUCTS.values()]
+    ours = [getattr(struct, name).offset for struct, name in fields] + [ctypes.sizeof(s) for s in EVERY]
     assert [int(line) for line in printed.split()] == ours
 
 
@@ -460,6 +462,134 @@ def test_workspace_of_another_array(stub):
 def test_workspace_of_impossible_sizes(stub, op, changed, expected):
     with pytest.raises(PluginError, match=f"^{re.escape(expected)}"):
         stub.kernels.workspace_bytes(op, **{**SIZES.get(op, {}), **changed})
+
+
+# --- a whole model -----------------------------------------------------------------------------------------------
+
+
+def layer(kind: str, dtype: str = "float32", state_dtype: str = "float32") -> dict[str, Any]:
+    """Of B 2, d 6, K 4 and, in Mamba, D 5, N 8, R 3; in Mamba-2 H 4, P 3, N 8, G 2."""
+    D, N, C, M = (5, 8, 5, 10) if kind == "mamba" else (12, 8, 44, 60)
+    t, f = (lambda *shape, dtype=d: Fake(dtype, shape) for d in (dtype, "float32"))
+    found = {"norm_weight": f(6), "in_proj": t(6, M), "in_proj_bias": t(M), "conv_weight": t(C, 4), "conv_bias": t(C)}
+    found |= {"conv_state": t(2, C, 3), "out_proj": t(D, 6), "out_proj_bias": t(6), "conv_state_out": t(2, C, 3)}
+    if kind == "mamba":
+        found |= {"x_proj": t(D, 3 + 2 * N), "dt_proj": t(3, D), "A": f(D, N), "D": f(D), "dt_bias": f(D)}
+        return found | {name: Fake(state_dtype, (2, D, N)) for name in ("ssm_state", "ssm_state_out")}
+    found |= {"A": f(4), "D": f(4), "dt_bias": f(4), "gate_norm": f(D)}
+    return found | {name: Fake(state_dtype, (2, 4, 3, N)) for name in ("ssm_state", "ssm_state_out")}
+
+
+def model(kind: str, dtype: str = "float32", state_dtype: str = "float32", layers: int = 2) -> dict[str, Any]:
+    """With L 5 and V 7."""
+    arrays = {"input_ids": Fake("int32", (2, 5)), "seq_lens": Fake("int32", (2,)), "embedding": Fake(dtype, (7, 6))}
+    arrays |= {"norm_weight": Fake("float32", (6,)), "head": Fake(dtype, (7, 6)), "logits": Fake("float32", (2, 7))}
+    return {**arrays, "layers": [layer(kind, dtype, state_dtype) for _ in range(layers)]}
+
+
+MODEL_SIZES = {
+    "mamba": {"outputs": 10, "channels": 5, "inner": 5, "rank": 3, "heads": 0, "head_dim": 0, "groups": 1},
+    "mamba2": {"outputs": 60, "channels": 44, "inner": 12, "rank": 0, "heads": 4, "head_dim": 3, "groups": 2},
+}
+BY_KIND = pytest.mark.parametrize("kind", MODEL_SIZES)
+
+
+class Kept(Kernels):
+    """Keeps what a launch was given; the layers are there as long as it runs."""
+
+    def _launch(self, op: str, call: Any, workspace: int, stream: int) -> None:
+        self.call = {name: getattr(call, name) for name, _ in call._fields_}
+        each = (kernels.MambaLayer * call.layers).from_address(self.call.pop("each"))
+        self.layers = [{name: getattr(one, name) for name, _ in one._fields_} for one in each]
+
+
+@BY_KIND
+@pytest.mark.parametrize("state_dtype", ["float32", "float16"])
+def test_a_model_reaches_the_library(stub_path, kind, state_dtype):
+    kept, given = Kept(stub_path), model(kind, "float16", state_dtype)
+    groups = MODEL_SIZES[kind]["groups"]
+    kept.model(**given, eps=0.5, norm_eps=0.25, dt_min=0.125, dt_max=2.0, n_groups=groups)
+    sizes = {"batch": 2, "length": 5, "layers": 2, "width": 6, "conv_width": 4, "state_size": 8, "vocab": 7}
+    constants = {"eps": 0.5, "norm_eps": 0.25, "dt_min": 0.125, "dt_max": 2.0, "skip_per_channel": 0, "all_logits": 0}
+    dtypes = {"dtype": 1, "state_dtype": kernels._CODES[state_dtype]}
+    layers = given.pop("layers")
+    pointers = {name: array.pointer for name, array in given.items()}
+    assert kept.call == sizes | MODEL_SIZES[kind] | constants | dtypes | pointers
+    nothing = {name: None for name, _ in kernels.MambaLayer._fields_}
+    assert kept.layers == [{**nothing, **{n: array.pointer for n, array in one.items()}} for one in layers]
+
+
+def test_a_model_may_lack_what_is_optional(stub_path):
+    kept, given = Kept(stub_path), model("mamba2")
+    missing = ("in_proj_bias", "conv_bias", "D", "dt_bias", "gate_norm", "out_proj_bias")
+    for one in given["layers"]:
+        for name in missing:
+            one[name] = None
+        one.update({f"{state}_out": one[state] for state in ("conv_state", "ssm_state")})
+    kept.model(**{**given, "head": None, "logits": Fake("float32", (2, 5, 7))}, n_groups=2)
+    assert kept.call["head"] == given["embedding"].pointer
+    assert kept.call["all_logits"] == 1
+    assert all(one[name] is None for one in kept.layers for name in missing)
+
+
+@BY_KIND
+def test_workspace_of_a_model(stub, kind):
+    stub.value("workspace", ctypes.c_size_t).value = 1 << 40
+    sizes = {"batch": 2, "length": 5, "layers": 2, "width": 6, "conv_width": 4, "state_size": 8, "vocab": 7}
+    sizes |= {name: size for name, size in MODEL_SIZES[kind].items() if size}
+    given = {name: size for name, size in sizes.items() if name != "inner" or kind == "mamba"}
+    assert stub.kernels.workspace_bytes("model", **given, dtype="float16") == 1 << 40
+    assert {name: size for name, size in stub.last("model").items() if size} == sizes | {"dtype": 1}
+    with pytest.raises(PluginError, match=r"^model was given the sizes batch"):
+        stub.kernels.workspace_bytes("model", **{k: v for k, v in given.items() if k != "layers"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "changed", "expected"),
+    [
+        (
+            "mamba",
+            1,
+            {"in_proj": Fake("float32", (6, 9))},
+            "layers[1].in_proj has shape [6, 9]: expected [d = 6, M = 10]",
+        ),
+        (
+            "mamba",
+            0,
+            {"gate_norm": Fake("float32", (5,))},
+            "layers[0].gate_norm is no array of a layer of this kind of",
+        ),
+        ("mamba", 1, {"A": None}, "layers[1].A is None: expected an array"),
+        (
+            "mamba",
+            0,
+            {"ssm_state": Fake("int32", (2, 5, 8))},
+            "layers[0].ssm_state is int32: expected float32, float16",
+        ),
+        ("mamba2", 1, {"ssm_state_out": Fake("float16", (2, 4, 3, 8))}, "layers[1].ssm_state_out is float16: expected"),
+        ("mamba2", 1, {"D": Fake("float32", (4, 3))}, "D is [H] in one layer and [H, P] in another: expected one form"),
+        ("mamba2", 1, {"gate_norm": Fake("float32", (11,))}, "layers[1].gate_norm has shape [11]: expected [H*P = 12]"),
+        ("mamba2", None, {"dt_min": 2.0, "dt_max": 1.0}, "dt_min is 2.0 and dt_max is 1.0: expected dt_min <= dt_max"),
+        ("mamba2", None, {"n_groups": 3}, "n_groups is 3: expected a divisor of the number of heads, 4"),
+        ("mamba2", None, {"layers": []}, "layers is empty: expected at least one"),
+        ("mamba2", None, {"logits": Fake("float32", (2, 6))}, "logits has shape [2, 6]: expected [B = 2, V = 7] or "),
+    ],
+)
+def test_a_model_that_is_wrong(stub, kind, where, changed, expected):
+    given = {"n_groups": MODEL_SIZES[kind]["groups"], **model(kind)}
+    (given if where is None else given["layers"][where]).update(changed)
+    with pytest.raises(PluginError) as caught:
+        stub.kernels.model(**given)
+    assert str(caught.value).startswith(expected)
+    assert stub.value("calls").value == 0
+
+
+def test_states_of_two_layers_do_not_overlap(stub):
+    given = model("mamba")
+    first, second = given["layers"]
+    second["conv_state_out"] = replace(second["conv_state_out"], pointer=first["conv_state"].pointer)
+    with pytest.raises(PluginError, match=r"^layers\[1\].conv_state_out overlaps layers\[0\].conv_state in memory"):
+        stub.kernels.model(**given)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

@@ -20,15 +20,25 @@ import recurrence
 import torch
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import kernels, launches, nvrtc
+from mamba_deploy.plugins import cublas, kernels, launches, launches_prompt, nvrtc
 from mamba_deploy.plugins.build import SOURCES
-from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 from mamba_deploy.plugins.toolchain import find_compiler
 
 pytestmark = pytest.mark.slow
 
-FILES = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu", "step.cu")
+FILES = (
+    "causal_conv1d.cu",
+    "last_token.cu",
+    "model.cu",
+    "prompt.cu",
+    "sample_token.cu",
+    "selective_scan.cu",
+    "ssd_scan.cu",
+    "step.cu",
+)
 STEP = ("in_proj", "x_proj", "selective_update", "ssd_update", "out_proj", "head")
+ALIGNED = (*STEP, "model")  # whose weights lie at multiples of 16 bytes
 DEVICES = [
     Device(90, 9, 132, 232448),
     Device(90, 8, 132, 232448),  # where the library holds but PTX of 8.0, or NVRTC is that old
@@ -96,6 +106,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* functio
     return launch(function, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cluster);
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* to, const void*) {
@@ -112,6 +123,37 @@ cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr which, int) {
 }
 }
 """
+
+# What prompt.cu wants of cuBLAS. A product is told to `record`, with what the handle was told before.
+CUBLAS = r"""
+#include <cstddef>
+#include <cstdint>
+namespace {
+void (*record)(const int64_t*);
+struct { void* workspace; size_t bytes; int math; } handle;
+}
+extern "C" {
+void set_recorder(decltype(record) given) { record = given; }
+int cublasCreate_v2(void** to) { *to = &handle; return 0; }
+int cublasSetStream_v2(void*, void*) { handle.workspace = nullptr; return 0; }
+int cublasSetWorkspace_v2(void*, void* workspace, size_t bytes) {
+    handle.workspace = workspace, handle.bytes = bytes;
+    return 0;
+}
+int cublasSetMathMode(void*, int math) { handle.math = math; return 0; }
+int cublasGemmEx(void*, int first, int second, int m, int n, int k, const float* alpha, const void* a, int a_type,
+                 int a_row, const void* b, int b_type, int b_row, const float* beta, void* c, int c_type, int c_row,
+                 int compute, int algorithm) {
+    const int64_t numbers[] = {
+        first, second, m, n, k, (int64_t)*alpha, (int64_t)a, a_type, a_row, (int64_t)b, b_type, b_row, (int64_t)*beta,
+        (int64_t)c, c_type, c_row, compute, algorithm, (int64_t)handle.workspace, (int64_t)handle.bytes, handle.math};
+    record(numbers);
+    return 0;
+}
+}
+"""
+ProductRecorder = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))
+NUMBERS = 21
 
 Recorder = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
@@ -139,10 +181,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     objects = [str(path) for path in sorted(folder.glob("*.o"))]
     target = folder / "liblaunchers.so"
     subprocess.run([nvcc, "-shared", "-cudart=none", "-o", str(target), *objects], check=True)
-    return ctypes.CDLL(str(target))
+    (folder / "cublas.cpp").write_text(CUBLAS, encoding="utf-8")
+    products = folder / "libcublas.so.13"
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libcublas.so.13", "-o", str(products)]
+    subprocess.run(["g++", *flags, str(folder / "cublas.cpp")], check=True)
+    found = ctypes.CDLL(str(target))
+    found.cublas = ctypes.CDLL(str(products))  # which prompt.cu then finds in the process
+    return found
 
 
-OPTIONAL = ("bias", "D", "z", "dt_bias", "conv_bias")
+OPTIONAL = ("bias", "D", "z", "dt_bias", "conv_bias", "in_proj_bias", "out_proj_bias", "gate_norm")
 
 # --- random calls ------------------------------------------------------------------------------------------------
 
@@ -156,7 +204,7 @@ def _struct(op: str, draw: random.Random, sizes: dict[str, int]) -> Any:
             setattr(call, name, draw.randrange(3))
     for name, kind in struct._fields_:
         if kind is ctypes.c_void_p and (name not in OPTIONAL or draw.random() < 0.7):
-            odd = draw.choice((2, 4, 8)) if draw.random() < 0.05 and op not in STEP else 0
+            odd = draw.choice((2, 4, 8)) if draw.random() < 0.05 and op not in ALIGNED else 0
             setattr(call, name, (draw.randrange(1, 1 << 30) << 8) + odd)
     for name in ("activation", "dt_softplus", "skip_per_channel"):
         if hasattr(call, name):
@@ -181,6 +229,8 @@ def random_call(op: str, draw: random.Random) -> Any:
     if op == "sample_token":
         sizes |= {"vocab": _size(draw, (50280, 256000), 1 << 20), "capacity": _size(draw, (1, 256), 70_000)}
         return _struct(op, draw, sizes | {"top_k": draw.randrange(100)})
+    if op == "model":
+        return _model(draw, sizes["batch"])
     if op in STEP:
         return _struct(op, draw, sizes | {"length": 1} | _step_sizes(op, draw))
     sizes |= {"length": _size(draw, (1, 1, 1, 512, 2048, 16384), 1 << 20)}
@@ -225,6 +275,58 @@ def _step_sizes(op: str, draw: random.Random) -> dict[str, int]:
     return {"width": 8 * _size(draw, (96, 320), 600), "vocab": _size(draw, (50280, 256000), 1 << 20)}
 
 
+def random_prompt(draw: random.Random) -> tuple[Any, Any]:
+    """A call of MambaModel for more than one token, and what has to be kept with it."""
+    sizes = {"batch": _size(draw, (1, 2, 8), 70), "length": max(_size(draw, (64, 512, 2048), 20_000), 2), "layers": 2}
+    states, width = _size(draw, (16, 64, 128), 256), _size(draw, (768, 2560), 20_000)
+    if draw.random() < 0.5:
+        inner = _size(draw, (1536, 5120), 20_000)
+        sizes |= {"rank": _size(draw, (48, 160), 500), "channels": inner, "outputs": 2 * inner}
+    else:
+        groups, P = draw.choice((1, 1, 2, 8)), _size(draw, (64, 128), 256)
+        heads = groups * _size(draw, (24, 80), 100)
+        inner = heads * P
+        sizes |= {"heads": heads, "head_dim": P, "groups": groups, "channels": inner + 2 * groups * states}
+        sizes |= {"outputs": 2 * inner + 2 * groups * states + heads}
+    call = kernels.MambaModel(**sizes, width=width, inner=inner, state_size=states, conv_width=draw.choice((4, 4, 3)))
+    call.vocab, call.dtype, call.state_dtype = _size(draw, (50280,), 1 << 18), draw.randrange(3), draw.randrange(3)
+    call.skip_per_channel, call.all_logits, call.eps = draw.randrange(2), draw.randrange(2), draw.random()
+    call.norm_eps, call.dt_min, call.dt_max = draw.choice((-1.0, 1e-6)), draw.random(), 1.0 + draw.random()
+    layers = (kernels.MambaLayer * 2)()
+    optional = ("in_proj_bias", "conv_bias", "D", "dt_bias", "gate_norm", "out_proj_bias")
+    for struct in (call, *layers):
+        for name, kind in struct._fields_:
+            if kind is ctypes.c_void_p and (name not in optional or draw.random() < 0.6):
+                setattr(struct, name, (draw.randrange(1, 1 << 30) << 8) + (4 if draw.random() < 0.03 else 0))
+    call.each = ctypes.addressof(layers)
+    return call, layers
+
+
+def _model(draw: random.Random, batch: int) -> Any:
+    """A token a row of a few layers, whose widths are what a fused engine covers."""
+    d, K = 8 * _size(draw, (96, 256, 320), 600), draw.randrange(2, 9)
+    sizes = {"batch": batch, "length": 1, "layers": draw.randrange(1, 4), "width": d, "conv_width": K}
+    sizes["vocab"] = _size(draw, (50280, 256000), 1 << 20)
+    if is_mamba2 := draw.random() < 0.5:
+        G, P, N = draw.choice((1, 2, 8)), draw.choice((64, 128)), draw.choice((64, 128))
+        H = 8 * draw.randrange(1, 8192 // (8 * P))  # so that a row and its norm fit
+        sizes |= {"heads": H, "head_dim": P, "state_size": N, "groups": G, "inner": H * P}
+        sizes |= {"channels": H * P + 2 * G * N, "outputs": 2 * H * P + 2 * G * N + H}
+    else:
+        D, N, R = 8 * _size(draw, (192, 640), 1200), 8 * draw.randrange(1, 17), 8 * _size(draw, (6, 20), 50)
+        sizes |= {"inner": D, "channels": D, "outputs": 2 * D, "state_size": N, "rank": R, "groups": 1}
+    call = _struct("model", draw, sizes)
+    call.norm_eps, call.eps = draw.choice((-1.0, 1e-6)), 1e-5
+    call.kept = (kernels.MambaLayer * call.layers)()  # by the call, as long as it is there
+    absent = {name for name in OPTIONAL if draw.random() < 0.3} | {"x_proj", "dt_proj"} if is_mamba2 else {"gate_norm"}
+    for layer in call.kept:
+        for name, _ in layer._fields_:
+            if name not in absent:
+                setattr(layer, name, draw.randrange(1, 1 << 30) << 8)
+    call.each = ctypes.addressof(call.kept)
+    return call
+
+
 def fits(op: str, call: Any) -> bool:
     """Whether so many tokens could be in a GPU's memory: beyond, the launchers refuse and Python is never asked."""
     if op == "sample_token":
@@ -250,19 +352,38 @@ def canonical(name: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: list[Launch]) -> list[Any]:
+def wanted_of(planned: Launch | Gemm) -> Any:
+    """What is recorded of it."""
+    p = planned
+    if isinstance(p, Gemm):
+        kind, y_kind = (0, 2, 14)[p.dtype], 0 if p.wide else (0, 2, 14)[p.dtype]
+        w_row = p.inputs if p.by_outputs else p.outputs
+        product = (p.by_outputs, 0, p.outputs, p.rows, p.inputs, 1, p.w, kind, w_row, p.x, kind, p.x_row)
+        return (*product, p.add, p.y, y_kind, p.outputs, 68, -1, p.workspace, cublas.WORKSPACE_BYTES, 16)
+    sizes = ((*p.grid, 1, 1)[:3], (*p.threads, 1, 1)[:3], p.cluster)
+    return (canonical(p.kernel), *sizes, p.shared, [bytes(a) for a in p.arguments])
+
+
+# Those that C does not see, by their names in the library.
+SYMBOLS = {"prompt": "_ZN5mamba5model6promptERK10MambaModelPvP11CUstream_st"}
+
+
+def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: list[Any]) -> list[Any]:
     """What the compiled launcher does, with as many bytes of each argument as the plan in Python has."""
     found: list[Any] = []
 
     def note(name: bytes, sizes: Any, shared: int, arguments: Any) -> None:
-        like = planned[len(found)].arguments if len(found) < len(planned) else ()
+        like = getattr(planned[len(found)], "arguments", ()) if len(found) < len(planned) else ()
         values = [ctypes.string_at(arguments[i], ctypes.sizeof(a)) for i, a in enumerate(like)]
         found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6], shared, values))
 
     recorder = Recorder(note)
     attributes = (ctypes.c_int * 3)(device.major, device.multiprocessors, device.shared_bytes)
     library.set_recorder(recorder, attributes)
-    code = getattr(library, f"mamba_{op}")(ctypes.byref(call), ctypes.c_void_p(WORKSPACE), None)
+    products = ProductRecorder(lambda numbers: found.append(tuple(numbers[:NUMBERS])))
+    library.cublas.set_recorder(products)
+    function = getattr(library, SYMBOLS.get(op, f"mamba_{op}"))
+    code = function(ctypes.byref(call), ctypes.c_void_p(WORKSPACE), None)
     assert code == 0, (device, planned, {n: getattr(call, n) for n, _ in call._fields_})
     return found
 
@@ -284,18 +405,7 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
             continue
         planned = plan(call, WORKSPACE, device)
         shown = {name: getattr(call, name) for name, _ in call._fields_}
-        wanted = [
-            (
-                canonical(p.kernel),
-                (*p.grid, 1, 1)[:3],
-                (*p.threads, 1, 1)[:3],
-                p.cluster,
-                p.shared,
-                [bytes(a) for a in p.arguments],
-            )
-            for p in planned
-        ]
-        assert recorded(library, op, call, device, planned) == wanted, (shown, device)
+        assert recorded(library, op, call, device, planned) == [wanted_of(p) for p in planned], (shown, device)
         assert launches.workspace_bytes(op, call) == workspace(ctypes.byref(call)), shown
         kinds.update(p.kernel for p in planned)
         if op == "ssd_scan" and 120 <= call.length < 140 and call.dtype and (call.head_dim % 8 or call.state_size % 8):
@@ -304,6 +414,29 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
     if op == "ssd_scan":
         assert min(beside) > 20
         assert sum("pad_kernel" in kind for kind in kinds) == 4  # a word has 2, 4, 8 or 16 bytes
+
+
+def test_python_launches_what_the_compiled_prompt_does(library):
+    draw = random.Random("prompt")
+    workspace = library._ZN5mamba5model16prompt_workspaceERK10MambaModel
+    workspace.restype = ctypes.c_size_t
+    kinds, products = set(), 0
+    for _ in range(1000):
+        (call, layers), device = random_prompt(draw), draw.choice(DEVICES)
+        if call.inner > 1 << 15 or call.batch * call.length * max(call.outputs, call.width) >= 1 << 31:
+            continue  # refused, or more than a GPU's memory
+        planned = launches_prompt.prompt(call, WORKSPACE, device)
+        shown = {name: getattr(call, name) for name, _ in call._fields_}, bytes(layers), device
+        for i, (found, p) in enumerate(zip(recorded(library, "prompt", call, device, planned), planned, strict=True)):
+            assert found == wanted_of(p), (i, shown)
+        assert launches_prompt.workspace_bytes(call) == workspace(ctypes.byref(call)), shown
+        kinds.update(re.sub("<.*", "", p.kernel) for p in planned if isinstance(p, Launch))
+        products += sum(isinstance(p, Gemm) for p in planned)
+    assert products > 3000
+    assert {re.sub(".*::", "", kind) for kind in kinds} >= {
+        "embed_rows_kernel", "norm_kernel", "part_norms_kernel", "bias_kernel", "pad_kernel", "chunk_kernel",
+        "recurrent_kernel",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,17 @@ from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins import build, kernels, nvrtc, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("causal_conv1d.cu", "last_token.cu", "sample_token.cu", "selective_scan.cu", "ssd_scan.cu", "step.cu")
+KERNELS = (
+    "causal_conv1d.cu",
+    "last_token.cu",
+    "model.cu",
+    "prompt.cu",
+    "sample_token.cu",
+    "selective_scan.cu",
+    "ssd_scan.cu",
+    "step.cu",
+    "token.cu",
+)
 
 # An nvcc that writes into its log what it was asked for, and into each output what went in.
 NVCC = """#!{python} -IS
@@ -722,17 +732,20 @@ def test_progress_and_warnings_are_told(toolkit, sources):
     toolkit.when_writing("ssd_scan.cu.o", "print('ssd_scan.cu(3): warning: unused')")
     told: list[str] = []
     build.build("kernels", cuda=toolkit.folder, architectures=["sm_90"], say=told.append)
-    assert told[0] == "compiling 6 files for sm_90 with nvcc 12.6.85"
-    assert sorted(told[1:7]) == [
+    assert told[0] == "compiling 9 files for sm_90 with nvcc 12.6.85"
+    assert sorted(told[1:10]) == [
         "causal_conv1d.cu: done",
         "last_token.cu: done",
+        "model.cu: done",
+        "prompt.cu: done",
         "sample_token.cu: done",
         "selective_scan.cu: done",
         "ssd_scan.cu: ssd_scan.cu(3): warning: unused",
         "step.cu: done",
+        "token.cu: done",
     ]
-    assert told[7] == "libmamba_kernels.so: done"
-    assert re.fullmatch(r"built in [\d.]+ s", told[8])
+    assert told[10] == "libmamba_kernels.so: done"
+    assert re.fullmatch(r"built in [\d.]+ s", told[11])
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -817,7 +830,7 @@ def test_command_builds_and_finds(toolkit, sources, tmp_path):
     assert done.exit_code == 0, done.output
     path = done.stdout.strip()
     assert path.endswith("/libmamba_plugin.so")
-    assert "compiling 8 files for sm_87, sm_90" in done.stderr
+    assert "compiling 11 files for sm_87, sm_90" in done.stderr
     assert command("path").stdout == f"{path}\n"
     register = str(Path(path).with_name("libmamba_plugin_register.so"))
     assert json.loads(command("path", "--library", "register", "--json").stdout) == {

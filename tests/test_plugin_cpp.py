@@ -35,16 +35,29 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 NO_HEADERS = f"no C++ headers of TensorRT: no */NvInfer.h in {FOLDER}; MAMBA_DEPLOY_TEST_HEADERS names the folder"
 
 
-def _stub(kernel: str, struct: type[ctypes.Structure]) -> str:
-    """A launch prints what it was given; of the workspace a smaller batch may need more."""
+STRUCTS = {op.kernel: kernels._OPS[op.kernel].struct for op in OPS.values()}
+
+
+def _print(struct: type[ctypes.Structure], prefix: str = "", *values: str) -> str:
+    """A line of C that prints what a struct ``c`` points to holds."""
     formats = {ctypes.c_int32: ("%d", "c->{}"), ctypes.c_float: ("%.9g", "c->{}"), ctypes.c_void_p: ("%d", "IS(c->{})")}
     names = [(field[0], *formats[field[1]]) for field in struct._fields_]
-    text, values = " ".join(f"{n}={form}" for n, form, _ in names), ", ".join(v.format(n) for n, _, v in names)
+    text = " ".join(f"{prefix}{n}={form}" for n, form, _ in names)
+    given = [value for n, _, v in names for value in (*values, v.format(n))]
+    return f'printf("{text} ", {", ".join(given)});'
+
+
+def _stub(kernel: str, struct: type[ctypes.Structure]) -> str:
+    """A launch prints what it was given; of the workspace a smaller batch may need more."""
+    layers = _print(kernels.MambaLayer, "%d.", "i") if kernel == "model" else ""
+    each = f"for (int i = 0; i < c->layers; i++) {{ const MambaLayer* c = all + i; {layers} }}" if layers else ""
     return f"""
 size_t mamba_{kernel}_workspace(const {struct.__name__}* c) {{ return bytes(c->batch, c->length); }}
 int mamba_{kernel}(const {struct.__name__}* c, void* w, void* s) {{
     (void)w; (void)s;
-    printf("{text}", {values});
+    {_print(struct)}
+    {"const MambaLayer* all = c->each;" if each else ""}
+    {each}
     return 0;
 }}"""
 
@@ -54,7 +67,7 @@ STUB = """
 #include "mamba_kernels.h"
 static size_t bytes(int b, int l) { int parts = 12 / b; return (size_t)256 * (parts < l ? parts : l); }
 #define IS(p) ((p) != NULL)
-""" + "\n".join(_stub(op.kernel, getattr(kernels, name)) for name, op in OPS.items())
+""" + "\n".join(_stub(kernel, struct) for kernel, struct in STRUCTS.items())
 
 # Answers questions, a line each: OP, its attributes as "name i 3" ended by ".", and
 #   make | types DTYPE.. | supports POSITION DTYPE.. | format POSITION DTYPE.. | shapes RANK..
@@ -447,16 +460,25 @@ def test_registering_library_says_what_is_missing(library):
 
 
 def _given(op_type: str) -> list[int]:
-    """All masks of inputs that may be there."""
-    optional = [i for i, tensor in enumerate(OPS[op_type].inputs) if tensor.optional]
-    every = (1 << len(OPS[op_type].inputs)) - 1
+    """All masks of inputs that may be there, or a dozen of them."""
+    optional = [i for i, tensor in enumerate(OPS[op_type].pattern) if tensor.optional]
+    every = (1 << len(OPS[op_type].pattern)) - 1
+    masks = range(1 << len(optional))
     return [
         every - sum(1 << slot for k, slot in enumerate(optional) if left_out >> k & 1)
-        for left_out in range(1 << len(optional))
+        for left_out in (masks if len(masks) <= 8 else [0, masks[-1], *random.Random(op_type).sample(masks, 10)])
     ]
 
 
-NODES = [Node(op_type, {"given_inputs": given}) for op_type in OPS for given in _given(op_type)]
+def _of_model(op_type: str, i: int) -> dict[str, int]:
+    return {"layers": 1 + i % 3, "all_logits": i % 2} if OPS[op_type].layer_inputs else {}
+
+
+NODES = [
+    Node(op_type, {"given_inputs": given, **_of_model(op_type, i)})
+    for op_type in OPS
+    for i, given in enumerate(_given(op_type))
+]
 
 
 def _question(node: Node, kind: str, *words: Any) -> str:
@@ -471,7 +493,7 @@ def _letter(value: Any) -> str:
 def _dtypes(node: Node, draw: random.Random, floats: tuple[str, ...], dtypes: tuple[str, ...]) -> list[str]:
     """Of inputs and outputs: right ones, or one of them drawn anew."""
     letters = {"T": draw.choice(floats), "S": draw.choice(floats)}
-    found = [letters.get(tensor.dtype, tensor.dtype) for tensor in node.inputs + node.op.outputs]
+    found = [letters.get(tensor.dtype, tensor.dtype) for tensor in node.inputs + node.outputs]
     if draw.random() < 0.7:
         found[draw.randrange(len(found))] = draw.choice(dtypes)
     return found
@@ -486,7 +508,7 @@ def test_supported_dtypes_are_those_of_the_rules(library):
             types = _dtypes(node, draw, library.floats, dtypes)
             for position in range(len(types)):
                 questions.append(_question(node, "supports", position, *types))
-                expected.append(str(int(node.supports(position, types))))
+                expected.append(str(int(node.supports(position, types.__getitem__))))
     assert library.ask(questions) == expected
     assert min(expected.count("0"), expected.count("1")) > 500
 
@@ -561,7 +583,7 @@ def _with_random_attributes(node: Node, draw: random.Random) -> Node:
         "n_groups": draw.randint(1, 3),
         "eps": draw.choice([1e-5, 1e-6]),
         "norm_eps": draw.choice([-1.0, 1e-6]),
-        "conv_first": draw.randint(0, 3),
+        "all_logits": draw.randint(0, 1),
     }
     chosen = {name: value for name, value in values.items() if name in node.op.attributes}
     return Node(node.op_type, {**node.attributes, **chosen})
@@ -600,9 +622,13 @@ def test_calls_reach_the_kernels_as_the_rules_say(library):
         if "skip_per_channel" in found:
             skip = next((s for tensor, s in zip(node.inputs, shapes, strict=True) if tensor.name == "D"), [])
             expected["skip_per_channel"] = str(int(len(skip) == 2))
-        for name in ("dt_softplus", "dt_min", "dt_max", "eps", "norm_eps", "conv_first"):
-            if name in node.op.attributes:
-                value = node.attributes[name]
+        attributes = node.attributes
+        if node.op.layer_inputs:  # of both kinds of models
+            attributes = {"norm_eps": -1.0, "dt_min": 0.0, "dt_max": math.inf, **attributes}
+            expected = _both_kinds(expected) | {"head": "1", "each": "1"}
+        for name in ("dt_softplus", "dt_min", "dt_max", "eps", "norm_eps", "all_logits"):
+            if name in attributes:
+                value = attributes[name]
                 expected[name] = f"{ctypes.c_float(value).value if isinstance(value, float) else value:.9g}"
         if "activation" in found:
             expected["activation"] = str(("none", "silu").index(node.attributes["activation"]))
@@ -611,9 +637,20 @@ def test_calls_reach_the_kernels_as_the_rules_say(library):
 
 
 def _pointers(node: Node) -> list[tuple[str, Any]]:
-    slots = node.by_slot([1] * len(node.inputs))
-    named = [(tensor.name, value) for tensor, value in zip(node.op.inputs, slots, strict=True)]
-    return named + [(tensor.name, 1) for tensor in node.op.outputs]
+    """What is there, by the names that the stand-in prints."""
+    slots, layers = iter(node.by_slot([1] * len(node.inputs))), range(node.attributes.get("layers", 0))
+    named = [(tensor.name, next(slots)) for tensor in node.op.inputs]
+    named += [(f"{i}.{tensor.name}", next(slots)) for i in layers for tensor in node.op.layer_inputs]
+    named += [(tensor.name, 1) for tensor in node.op.outputs]
+    return named + [(f"{i}.{tensor.name}", 1) for i in layers for tensor in node.op.layer_outputs]
+
+
+def _both_kinds(of_one: dict[str, str]) -> dict[str, str]:
+    """What the struct of a model holds, with zeros for what its kind does not have."""
+    nothing = {f"{i}.{name}": "0" for i in range(int(of_one["layers"])) for name, _ in kernels.MambaLayer._fields_}
+    if "rank" in of_one:
+        return nothing | {"heads": "0", "head_dim": "0", "groups": "1", "skip_per_channel": "0"} | of_one
+    return nothing | {"rank": "0", "inner": str(int(of_one["heads"]) * int(of_one["head_dim"]))} | of_one
 
 
 def test_workspace_suits_every_batch_up_to_the_largest(library):
@@ -654,6 +691,11 @@ def test_parser_is_told_every_attribute(library):
         ("MambaSsdScan", "n_groups", 0),
         ("MambaSsdScan", "n_groups", -8),
         ("MambaSsdScan", "chunk_size", 0),
+        ("MambaModel", "layers", 0),
+        ("MambaModel", "layers", 128),
+        ("Mamba2Model", "all_logits", 2),
+        ("Mamba2Model", "given_inputs", (1 << 18) - 2),
+        ("Mamba2Model", "given_inputs", 1 << 18),
         ("MambaLastToken", "given_inputs", 0b01),
         ("MambaLastToken", "given_inputs", 0b111),
     ],

@@ -16,12 +16,13 @@ import onnx
 import pytest
 import torch
 
-from mamba_deploy import ops, step_ops  # noqa: F401, registers torch.ops.mamba_deploy
+from mamba_deploy import step_ops  # which registers torch.ops.mamba_deploy
 from mamba_deploy.errors import PluginError
 from mamba_deploy.exporters.functions import DOMAIN, OP_ATTRIBUTES, input_names, register_schemas
 from mamba_deploy.plugins import kernels as kernels_module
 from mamba_deploy.plugins import python_plugin
 from mamba_deploy.plugins.rules import FLOATS, GIVEN_INPUTS, OPS, Node, prepare_for_parser
+from mamba_deploy.plugins.rules_step import PARTS
 
 # --- the rules ------------------------------------------------------------------------------------------------------
 
@@ -30,6 +31,9 @@ def test_rules_name_what_the_schemas_name():
     register_schemas()
     letters = {"float32": "F", "int32": "I"}
     for op_type, op in OPS.items():
+        if op.layer_inputs:  # no exported graph has it
+            assert not onnx.defs.has(op_type, DOMAIN)
+            continue
         schema = onnx.defs.get_schema(op_type, 1, DOMAIN)
         optional = onnx.defs.OpSchema.FormalParameterOption.Optional
         assert [tensor.name for tensor in op.inputs] == input_names(op_type)
@@ -40,48 +44,66 @@ def test_rules_name_what_the_schemas_name():
 
 
 def test_rules_follow_the_structs_of_the_kernels():
-    for op_type, op in OPS.items():
-        struct = getattr(kernels_module, op_type)
+    for name, op in {**OPS, **PARTS}.items():
+        struct = kernels_module._OPS[op.kernel].struct
         names = [field[0] for field in struct._fields_]
         tensors = [tensor.name for tensor in (*op.inputs, *op.outputs)]
-        assert names[-len(tensors) :] == tensors
-        assert list(op.sizes.values()) == names[: len(op.sizes)]
         assert hasattr(kernels_module.Kernels, op.kernel)
+        if not op.layer_inputs:
+            assert struct.__name__ == name
+            assert names[-len(tensors) :] == tensors
+            assert list(op.sizes.values()) == names[: len(op.sizes)]
+            continue
+        assert names[-len(tensors) - 1 :] == [*tensors, "each"]
+        assert set(op.sizes.values()) <= set(names)
+        of_layer = [tensor.name for tensor in (*op.layer_inputs, *op.layer_outputs)]
+        fields = [field[0] for field in kernels_module.MambaLayer._fields_]
+        assert [field for field in fields if field in of_layer] == of_layer
 
 
 def _call(op_type: str, seed: int) -> tuple[Node, list[torch.Tensor | None], tuple[torch.Tensor, ...]]:
     """A node, its inputs, and what the operator's reference makes of them."""
     draw = random.Random(seed)
-    size = {symbol: draw.randint(1, 4) for symbol in "BLCDNPGdERV"} | {"K": draw.randint(2, 4)}
+    op = OPS[op_type]
+    size = {symbol: draw.randint(1, 4) for symbol in "BLCDNPGdRV"} | {"K": draw.randint(2, 4)}
     size["H"] = size["G"] * draw.randint(1, 3)
-    step = getattr(step_ops, OPS[op_type].kernel, None)
-    if step is not None:
-        size |= {"L": 1, "D": 2 * size["G"] * size["D"]}
-        size |= {"X": 2 * size["D"], "M": 2 * size["H"] * size["P"] + 2 * size["G"] * size["N"] + size["H"]}
-    if op_type == "MambaInProj":
-        size["M"] = size["C"] + 2
-    if op_type == "MambaSelectiveUpdate":
-        size["E"] = size["R"] + 2 * size["N"]
     size |= {"H*P": size["H"] * size["P"], "G*N": size["G"] * size["N"], "K-1": size["K"] - 1}
+    if op_type == "MambaModel":
+        size |= {"L": 1, "C": size["D"], "M": 2 * size["D"], "E": size["R"] + 2 * size["N"]}
+    if op_type == "Mamba2Model":
+        size |= {"L": 1, "C": size["H*P"] + 2 * size["G*N"]}
+        size["M"] = size["H*P"] + size["C"] + size["H"]
     kinds = {"T": draw.choice(FLOATS), "S": draw.choice(FLOATS)}
-    given = 0
-    values: list[torch.Tensor | None] = []
-    for i, tensor in enumerate(OPS[op_type].inputs):
-        axes = tensor.other_axes if tensor.other_axes and draw.random() < 0.5 else tensor.axes
-        there = not tensor.optional or draw.random() < 0.5
-        dtype = getattr(torch, kinds.get(tensor.dtype, tensor.dtype))
-        values.append(torch.zeros([size[axis] for axis in axes], dtype=dtype) if there else None)
-        given |= there << i
-    attributes = dict(OPS[op_type].attributes)
+    attributes = dict(op.attributes)
     if "n_groups" in attributes:
         attributes["n_groups"] = size["G"]
-    if "conv_first" in attributes:
-        attributes["conv_first"] = draw.randint(0, 2)
-    node = Node(op_type, {**attributes, GIVEN_INPUTS: given})
-    if step is None:
-        step = getattr(torch.ops.mamba_deploy, node.op.kernel)
-    outputs = step(*values, *attributes.values())
+    if op.layer_inputs:
+        attributes |= {"layers": draw.randint(1, 3), "all_logits": draw.randint(0, 1)}
+    axes = [t.other_axes if t.other_axes and draw.random() < 0.5 else t.axes for t in op.pattern]
+    there = [not tensor.optional or draw.random() < 0.5 for tensor in op.pattern]
+
+    def value(i: int) -> torch.Tensor | None:
+        dtype = getattr(torch, kinds.get(op.pattern[i].dtype, op.pattern[i].dtype))
+        return torch.zeros([size[axis] for axis in axes[i]], dtype=dtype) if there[i] else None
+
+    first = len(op.inputs)
+    values = [value(i) for i in range(first)]
+    values += [value(i) for _ in range(attributes.get("layers", 0)) for i in range(first, len(op.pattern))]
+    node = Node(op_type, {**attributes, GIVEN_INPUTS: sum(1 << i for i, given in enumerate(there) if given)})
+    if op.layer_inputs:
+        return node, values, model_outputs(node, values)
+    outputs = getattr(torch.ops.mamba_deploy, op.kernel)(*values, *attributes.values())
     return node, values, outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def model_outputs(node: Node, values: list[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """What the reference makes of a node of a whole model, in the order of its outputs."""
+    slots, attributes = iter(values), node.attributes
+    own = [next(slots) for _ in node.op.inputs]
+    layers = [{tensor.name: next(slots) for tensor in node.op.layer_inputs} for _ in range(attributes["layers"])]
+    given = {name: attributes[name] for name in node.op.attributes if name not in ("layers", "all_logits")}
+    logits, states = step_ops.model(*own, layers, **given)
+    return (logits[:, None] if attributes["all_logits"] else logits, *(state for pair in states for state in pair))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -94,8 +116,9 @@ def test_rules_say_what_the_operators_do(op_type, seed):
     assert node.output_shapes(shapes) == [list(output.shape) for output in outputs]
     results = [str(output.dtype).removeprefix("torch.") for output in outputs]
     assert node.output_dtypes(dtypes) == results
-    assert all(node.supports(i, dtypes + results) for i in range(len(dtypes + results)))
-    assert set(node.sizes(shapes)) == set(node.op.sizes.values())
+    assert all(node.supports(i, (dtypes + results).__getitem__) for i in range(len(dtypes + results)))
+    layers = {"layers"} if node.op.layer_inputs else set()
+    assert set(node.sizes(shapes)) == set(node.op.sizes.values()) | layers
     slots = node.by_slot(given)
     assert all(slot is value for slot, value in zip(slots, values, strict=True))
 
@@ -103,9 +126,9 @@ def test_rules_say_what_the_operators_do(op_type, seed):
 def test_a_float32_state_beside_half_activations_may_stay():
     types = ["float16", "float16", "float32", "float16", "float16", "float32", "float32", "float32", "int32"]
     node = Node("MambaSsdScan")
-    assert all(node.supports(i, [*types, "float16", "float32"]) for i in range(11))
-    assert not node.supports(10, [*types, "float16", "float16"])  # the state leaves as it came
-    assert not node.supports(9, [*types, "float32"])
+    assert all(node.supports(i, [*types, "float16", "float32"].__getitem__) for i in range(11))
+    assert not node.supports(10, [*types, "float16", "float16"].__getitem__)  # the state leaves as it came
+    assert not node.supports(9, [*types, "float32"].__getitem__)
 
 
 def test_sizes_that_contradict_are_refused():
@@ -415,6 +438,9 @@ class Library:
             if not rest:
                 return 512
             self.launched.append((name, call._obj, *rest))
+            if name == "mamba_model":  # whose layers are there as long as it runs
+                each = (kernels_module.MambaLayer * call._obj.layers).from_address(call._obj.each)
+                self.layers = list(type(each).from_buffer_copy(each))
             return 0
 
         return function
@@ -437,7 +463,16 @@ def test_what_enqueue_gives_the_kernels_accept(trt, op_type):
         plugin.enqueue(descs[:n], descs[n:], pointers[:n], pointers[n:], 1 << 30, 5)
         name, struct, workspace, stream = library.launched[-1]
         assert (name, workspace, stream) == (f"mamba_{node.op.kernel}", 1 << 30, 5)
-        found = [getattr(struct, tensor.name) for tensor in (*node.op.inputs, *node.op.outputs)]
-        slots = [*node.by_slot(pointers[:n]), *pointers[n:]]
-        assert found == slots
-        assert {size: getattr(struct, size) for size in node.op.sizes.values()} == node.sizes([v.shape for v in given])
+        inputs, results = iter(node.by_slot(pointers[:n])), iter(pointers[n:])
+        expected = {tensor.name: next(inputs) for tensor in node.op.inputs}
+        expected |= {tensor.name: next(results) for tensor in node.op.outputs}
+        if node.op.layer_inputs:
+            expected["head"] = expected["head"] or expected["embedding"]
+        assert {name: getattr(struct, name) for name in expected} == expected
+        for i in range(node.attributes.get("layers", 0)):
+            expected = {tensor.name: next(inputs) for tensor in node.op.layer_inputs}
+            expected |= {tensor.name: next(results) for tensor in node.op.layer_outputs}
+            assert {name: getattr(library.layers[i], name) for name in expected} == expected
+        assert not [*inputs, *results]
+        sizes = node.sizes([v.shape for v in given])
+        assert {size: getattr(struct, size) for size in sizes} == sizes

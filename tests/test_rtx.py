@@ -11,11 +11,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_model_graph import PUBLISHED
 from test_plugin_cpp import NO_HEADERS, VERSIONS, build_plugin, compile_library
 
 pytestmark = pytest.mark.slow
@@ -199,6 +201,86 @@ def plugins(request: pytest.FixtureRequest) -> dict[str, Any]:
 def test_optional_inputs_may_be_missing(ask, plugins, bundle, kind):
     exported = bundle(kind).bundle
     check(ask(model=exported.path / "model.onnx", profiles=PROFILES, **plugins), exported)
+
+
+# --- the model as one operator --------------------------------------------------------------------------------------
+
+
+def check_model(answer: dict[str, Any], contract: Any, weights: int) -> None:
+    """It parsed as one plugin of the contract's tensors and so many weights, and an engine was built."""
+    assert answer["parsed"], answer["errors"]
+    assert answer["layers"] == 1
+    names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
+    outputs = [spec for spec in contract.outputs if spec.role != "next_token"]
+    assert len(answer["inputs"]) == len(contract.inputs) + weights
+    for found, specs in ((answer["inputs"], contract.inputs), (answer["outputs"], outputs)):
+        expected = [[s.name, names[s.dtype], [-1 if isinstance(a, str) else a for a in s.axes]] for s in specs]
+        assert found[: len(expected)] == expected
+    assert len(answer["outputs"]) == len(outputs)
+    unrelated = "CUDA driver version is insufficient"  # there is no GPU
+    assert [error for error in answer["errors"] if unrelated not in error] == []
+    assert answer["engine"] > 1000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", MODELS)
+def test_engines_of_the_model_as_one_operator(ask, plugins, sample, model, dtype, tmp_path):
+    from mamba_deploy.exporters.engine_graph import model_parser_graph
+
+    bundle = sample(model, dtype)
+    graph = model_parser_graph(bundle.path / "model.onnx", bundle.config, bundle.contract)
+    (tmp_path / "model.onnx").write_bytes(graph.content)
+    answer = ask(model=tmp_path / "model.onnx", profiles=PROFILES, **plugins)
+    check_model(answer, bundle.contract, len(graph.weights))
+
+
+def file_of_weights(path: Path, config: Any, dtype: str) -> None:
+    """An ONNX file that names the weights of a model, which lie nowhere: enough for the graph of one operator."""
+    import math
+
+    import onnx
+
+    from mamba_deploy.exporters.functions import element_type
+    from mamba_deploy.exporters.model_graph import _WEIGHTS
+    from mamba_deploy.plugins.rules import OPS
+
+    op = OPS["MambaModel" if config.generation == "mamba" else "Mamba2Model"]
+    c, D = config, config.d_inner
+    size = {"d": c.d_model, "C": c.conv_channels, "K": c.d_conv, "D": D, "N": c.d_state, "R": c.dt_rank, "H": c.n_heads}
+    size |= {"E": c.dt_rank + 2 * c.d_state, "H*P": D, "V": c.vocab_size}
+    size["M"] = 2 * D if c.generation == "mamba" else D + c.conv_channels + c.n_heads
+    tensors = {"embedding.weight": op.inputs[2], "norm_f.weight": op.inputs[3]}
+    for i in range(c.n_layer):
+        for tensor in op.layer_inputs:
+            if tensor.name in _WEIGHTS and not tensor.name.endswith("proj_bias"):
+                tensors[f"layers.{i}.{_WEIGHTS[tensor.name]}"] = tensor
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "weights", [], []))
+    for name, tensor in tensors.items():
+        dims = [size[axis] for axis in tensor.axes]
+        kind = dtype if tensor.dtype == "T" else tensor.dtype
+        made = model.graph.initializer.add(name=name, dims=dims, data_type=element_type(kind), data_location=1)
+        nbytes = math.prod(dims) * (4 if kind == "float32" else 2)
+        for key, value in (("location", "model.onnx.data"), ("offset", "0"), ("length", str(nbytes))):
+            made.external_data.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("name", ["mamba-2.8b", "mamba2-2.7b"])
+def test_engines_of_64_layers(ask, plugins, tmp_path, name):
+    """Hundreds of inputs and 129 outputs, of all of which TensorRT asks the plugin again and again."""
+    from mamba_deploy.contract import Contract
+    from mamba_deploy.exporters.engine_graph import model_parser_graph
+
+    config = PUBLISHED[name]
+    contract = Contract.of(config, dtype="float16")
+    file_of_weights(tmp_path / "weights.onnx", config, "float16")
+    graph = model_parser_graph(tmp_path / "weights.onnx", config, contract)
+    (tmp_path / "model.onnx").write_bytes(graph.content)
+    start = time.perf_counter()
+    answer = ask(model=tmp_path / "model.onnx", profiles=PROFILES, **plugins)
+    check_model(answer, contract, len(graph.weights))
+    assert len(graph.weights) > 500
+    assert time.perf_counter() - start < 120
 
 
 def test_an_attribute_that_is_wrong_fails_the_parser_with_our_words(ask, plugins, sample):

@@ -15,7 +15,7 @@ from gpu.device import BF16, F16, F32, NAN, bits, kernels, needs_gpu
 from torch import Tensor
 
 from mamba_deploy import step_ops
-from mamba_deploy.plugins.rules import OPS
+from mamba_deploy.plugins.rules_step import PARTS
 
 pytestmark = needs_gpu
 
@@ -144,7 +144,7 @@ def launch(op: str, args: tuple[Any, ...], *, same: bool = False) -> list[Tensor
 
 def scratch(op: str, args: tuple[Any, ...]) -> Tensor:
     """The workspace it asks for, full of NaN, and 256 bytes more."""
-    rule = next(rule for rule in OPS.values() if rule.kernel == op)
+    rule = next(rule for rule in PARTS.values() if rule.kernel == op)
     sizes = {"groups": 1} if "groups" in rule.sizes.values() else {}
     for tensor, array in zip(rule.inputs, args, strict=False):
         if array is not None:

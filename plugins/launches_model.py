@@ -1,0 +1,109 @@
+"""Launches of ``model.cu``: the choice, and the chain of one token a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import c_int32, c_void_p
+from typing import Any, NamedTuple
+
+from mamba_deploy.plugins import launches_parts, launches_prompt
+from mamba_deploy.plugins.kernels import (
+    MambaHead,
+    MambaInProj,
+    MambaLayer,
+    MambaOutProj,
+)
+from mamba_deploy.plugins.launches_common import BYTES, MAX_GRID_Y, TYPES, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
+from mamba_deploy.plugins.nvrtc import Device, Launch
+
+__all__ = ["model", "workspace_bytes"]
+
+_EMBED_THREADS = 128
+_WIDE_FROM, _WIDE_ROWS, _NARROW_ROWS = 2048, 16, 64  # d, and rows from that width on and below
+
+
+def model(call: Any, workspace: int, device: Device) -> list[Any]:
+    """As the launcher in ``model.cu``: call is its struct, workspace an address."""
+    return (launches_prompt.prompt if _is_wide(call) else _chain)(call, workspace, device)
+
+
+def workspace_bytes(call: Any) -> int:
+    """As ``mamba_model_workspace`` in C: enough for fewer tokens too."""
+    of_chain = _buffers(call, 0).bytes
+    return max(of_chain, launches_prompt.workspace_bytes(call)) if _is_wide(call) else of_chain
+
+
+def _is_wide(c: Any) -> bool:
+    """Whether products are cuBLAS's."""
+    return bool(c.length > 1 or c.batch >= (_WIDE_ROWS if c.width >= _WIDE_FROM else _NARROW_ROWS))
+
+
+class _Buffers(NamedTuple):
+    """Addresses in the workspace, and the bytes of it."""
+
+    hidden: tuple[int, int]
+    projected: int
+    low: int
+    y: int
+    part: int
+    bytes: int
+
+
+def _rounded(size: int) -> int:
+    return ceil_div(size, 256) * 256
+
+
+def _buffers(c: Any, workspace: int) -> _Buffers:
+    item, low = BYTES[c.dtype], 0 if c.heads else c.rank + 2 * c.state_size
+    places = [workspace]
+    for width, size in ((c.width, 4), (c.width, 4), (c.outputs, item), (low, item), (c.inner, item)):
+        places.append(places[-1] + _rounded(c.batch * width * size))
+    parts = (
+        ("in_proj", MambaInProj(batch=c.batch, width=c.width, dtype=c.dtype)),
+        ("out_proj", MambaOutProj(batch=c.batch, channels=c.inner, dtype=c.dtype)),
+        ("head", MambaHead(batch=c.batch, width=c.width, dtype=c.dtype)),
+    )
+    of_parts = max(_rounded(4 * workspace_floats(name, part)) for name, part in parts)
+    first, second, projected, low_at, y, part = places
+    return _Buffers((first, second), projected, low_at, y, part, part + of_parts - workspace)
+
+
+def _embed(c: Any, hidden: int) -> Launch:
+    grid = (ceil_div(c.width, _EMBED_THREADS), min(c.batch, MAX_GRID_Y))
+    pointers = (c_void_p(c.input_ids), c_void_p(c.embedding), c_void_p(hidden))
+    arguments = (*pointers, c_int32(c.batch), c_int32(c.width), c_int32(c.vocab))
+    return Launch(
+        "model.cu", kernel_name("model", "embed_kernel", TYPES[c.dtype]), grid, (_EMBED_THREADS,), 0, arguments
+    )
+
+
+def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
+    at, T = _buffers(c, workspace), c.dtype
+    launches = [_embed(c, at.hidden[0])]
+
+    def run(plan: Callable[[Any, int, Device], list[Launch]], part: Any) -> None:
+        launches.extend(plan(part, at.part, device))
+
+    for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
+        before, after = at.hidden[i % 2], at.hidden[(i + 1) % 2]
+        run(
+            in_proj,
+            MambaInProj(
+                c.batch, 1, c.width, c.outputs, c.channels, c.conv_width, T, c.inner if c.heads else 0, c.eps, before,
+                layer.norm_weight, layer.in_proj, layer.in_proj_bias, layer.conv_weight, layer.conv_bias,
+                layer.conv_state, c.seq_lens, at.projected, layer.conv_state_out,
+            ),
+        )  # fmt: skip
+        launches += launches_parts.scan(c, layer, at.projected, at.low, at.y, device)
+        groups = c.groups if layer.gate_norm else 1
+        run(
+            out_proj,
+            MambaOutProj(
+                c.batch, 1, c.inner, c.width, groups, T, c.eps, at.y, layer.gate_norm, layer.out_proj,
+                layer.out_proj_bias, before, after,
+            ),
+        )  # fmt: skip
+    last = at.hidden[c.layers % 2]
+    run(head, MambaHead(c.batch, 1, c.width, c.vocab, T, c.eps, last, c.norm_weight, c.head, c.logits))
+    return launches

@@ -1,0 +1,36 @@
+"""Launches between the products of one token a row, which the chain of ``model.cu`` and ``prompt.cu`` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mamba_deploy.plugins.kernels import MambaSelectiveUpdate, MambaSsdUpdate, MambaXProj
+from mamba_deploy.plugins.launches_ssd import ssd_update
+from mamba_deploy.plugins.launches_step import selective_update, x_proj
+from mamba_deploy.plugins.nvrtc import Device, Launch
+
+__all__ = ["scan"]
+
+
+def scan(c: Any, layer: Any, projected: int, low: int, y: int, device: Device) -> list[Launch]:
+    """From a convolved row of in_proj to y, gated.
+
+    Args:
+        c: The call of MambaModel.
+        layer: The MambaLayer.
+        projected: Address of in_proj's outputs.
+        low: Address of x_proj's, in Mamba.
+        y: Address of y.
+        device: That of the current context.
+    """
+    T, S = c.dtype, c.state_dtype
+    last = (layer.A, layer.D, layer.dt_bias, layer.ssm_state, c.seq_lens, y, layer.ssm_state_out)
+    if c.heads:
+        of_step = (c.batch, 1, c.outputs, c.heads, c.head_dim, c.state_size, c.groups, T, S, 1, c.skip_per_channel)
+        return ssd_update(MambaSsdUpdate(*of_step, c.dt_min, c.dt_max, projected, *last), 0, device)
+    row = c.rank + 2 * c.state_size
+    sizes = (c.batch, 1, c.outputs, row, c.rank, c.inner, c.state_size, T, S)
+    return [
+        *x_proj(MambaXProj(c.batch, 1, c.outputs, c.inner, row, T, projected, layer.x_proj, low), 0, device),
+        *selective_update(MambaSelectiveUpdate(*sizes, c.norm_eps, projected, low, layer.dt_proj, *last), 0, device),
+    ]

@@ -1,0 +1,212 @@
+"""Launches of ``prompt.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any, NamedTuple
+
+from mamba_deploy.plugins import launches_parts as steps
+from mamba_deploy.plugins import launches_scan, launches_ssd
+from mamba_deploy.plugins.cublas import WORKSPACE_BYTES
+from mamba_deploy.plugins.kernels import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan
+from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_conv import causal_conv1d
+from mamba_deploy.plugins.launches_pad import Copy, pad_launch
+from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
+
+__all__ = ["prompt", "workspace_bytes"]
+
+_SOURCE = "prompt_rows.cuh"
+_ROW_THREADS, _PART_WARPS, _HELD = 128, 4, 32
+
+
+def prompt(call: Any, workspace: int, device: Device) -> list[Launch | Gemm]:
+    """As the launcher in ``prompt.cu``: call is its struct, workspace an address."""
+    return _Prompt(call, workspace, device).run()
+
+
+def workspace_bytes(call: Any) -> int:
+    """As ``prompt_workspace`` in C++."""
+    return _Buffers(call, 0).end
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "z", "weight", "y", "seq_lens")),
+        ("rows", c_int64),
+        *((name, c_int32) for name in ("x_row", "z_row", "length", "groups", "width")),
+        ("eps", c_float),
+    ]
+
+
+class _Buffers:
+    """Addresses in the workspace, and its end."""
+
+    def __init__(self, c: Any, start: int) -> None:
+        self.end = start
+        row = c.batch * c.length * BYTES[c.dtype]
+        self.blas = self._take(WORKSPACE_BYTES)
+        self.hidden = self._take(4 * c.batch * c.length * c.width)
+        self.normal = self.y = self._take(row * max(c.width, c.inner))
+        self.projected = self._take(row * c.outputs)
+        self.convolved = self._take(row * c.channels)
+        self.low = self.dt = 0
+        if not c.heads:
+            self.low, self.dt = self._take(row * _low_row(c)), self._take(row * c.inner)
+        if _is_split(c):
+            if c.heads:
+                self.x = self._take(row * c.inner)
+            states = c.state_size * (c.groups if c.heads else 1)
+            self.B, self.C = self._take(row * states), self._take(row * states)
+        floats = (launches_ssd if c.heads else launches_scan).workspace_floats(_scan(c))
+        self.scan = self._take(ceil_div(4 * floats, 256) * 256)
+
+    def _take(self, size: int) -> int:
+        taken = self.end
+        self.end += ceil_div(size, 256) * 256
+        return taken
+
+
+def _low_row(c: Any) -> int:
+    return int(c.rank + 2 * c.state_size)
+
+
+def _is_split(c: Any) -> bool:
+    return bool(c.state_size % 8 or (c.heads and c.head_dim % 8))
+
+
+def _scan(c: Any) -> Any:
+    sizes = {name: getattr(c, name) for name in ("batch", "length", "state_size", "dtype", "state_dtype", "seq_lens")}
+    if not c.heads:
+        return MambaSelectiveScan(channels=c.inner, dt_softplus=1, **sizes)
+    own = ("heads", "head_dim", "groups", "skip_per_channel", "dt_min", "dt_max")
+    return MambaSsdScan(dt_softplus=1, **sizes, **{name: getattr(c, name) for name in own})
+
+
+class _Split(NamedTuple):
+    """Columns of rows, and where their dense copy goes."""
+
+    source: int
+    target: int
+    row: int
+    width: int
+
+
+class _Prompt:
+    def __init__(self, c: Any, workspace: int, device: Device) -> None:
+        self.c, self.at, self.device = c, _Buffers(c, workspace), device
+        self.tokens, self.item, self.T = c.batch * c.length, BYTES[c.dtype], TYPES[c.dtype]
+        self.found: list[Launch | Gemm] = []
+
+    def run(self) -> list[Launch | Gemm]:
+        c, at = self.c, self.at
+        vec = 16 // self.item
+        vec = vec if c.width % vec == 0 and c.embedding % 16 == 0 else 1
+        pointers = (c_void_p(c.input_ids), c_void_p(c.embedding), c_void_p(at.hidden))
+        self._rows("embed_rows_kernel", (self.T, vec), (*pointers, c_int32(c.vocab), c_int32(c.width)))
+        for layer in (MambaLayer * c.layers).from_address(c.each):
+            self._norm_hidden(layer.norm_weight, False)
+            self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
+            self._product(at.normal, c.width, c.width, layer.in_proj, c.outputs, at.projected, bool(layer.in_proj_bias))
+            x = at.projected + (c.inner if c.heads else 0) * self.item
+            conv = MambaCausalConv1d(
+                c.batch, c.length, c.channels, c.conv_width, c.dtype, 1, x, layer.conv_weight, layer.conv_bias,
+                layer.conv_state, c.seq_lens, x if c.length == 1 else at.convolved, layer.conv_state_out,
+            )  # fmt: skip
+            self.found += causal_conv1d(conv, 0, self.device, c.outputs)
+            if c.length == 1:
+                self._step(layer)
+            elif c.heads:
+                self._second(layer)
+            else:
+                self._first(layer)
+            self._product(at.y, c.inner, c.inner, layer.out_proj, c.width, at.hidden, True, wide=True)
+            self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
+        last = not c.all_logits
+        self._norm_hidden(c.norm_weight, last)
+        rows = c.batch if last else self.tokens
+        head = (rows, c.width, c.vocab, at.normal, c.width, c.head, True, c.logits, True, False)
+        self.found.append(Gemm(*head, c.dtype, at.blas))
+        return self.found
+
+    # --- the parts of a layer
+
+    def _first(self, layer: Any) -> None:
+        c, at, item, row, N = self.c, self.at, self.item, _low_row(self.c), self.c.state_size
+        self._product(at.convolved, c.inner, c.inner, layer.x_proj, row, at.low, False)
+        if c.norm_eps >= 0:
+            arguments = (c_void_p(at.low), c_int64(self.tokens), c_int32(c.rank), c_int32(N), c_float(c.norm_eps))
+            grid = (ceil_div(self.tokens, _PART_WARPS),)
+            name = kernel_name("model", "part_norms_kernel", self.T)
+            self.found.append(Launch(_SOURCE, name, grid, (32 * _PART_WARPS,), 0, arguments))
+        self._product(at.low, c.rank, row, layer.dt_proj, c.inner, at.dt, False)
+        a, group_row = self._scan_of(layer), row
+        a.x, a.dt, a.z = at.convolved, at.dt, at.projected + c.inner * item
+        a.B, a.C = at.low + c.rank * item, at.low + (c.rank + N) * item
+        if _is_split(c):
+            self._split(_Split(a.B, at.B, row, N), _Split(a.C, at.C, row, N))
+            a.B, a.C, group_row = at.B, at.C, N
+        self.found += launches_scan.selective_scan(a, at.scan, self.device, (group_row, 2))
+
+    def _second(self, layer: Any) -> None:
+        c, at, item, states = self.c, self.at, self.item, self.c.groups * self.c.state_size
+        a, rows = self._scan_of(layer), (c.channels, c.channels, c.outputs)
+        a.x, a.dt = at.convolved, at.projected + (c.inner + c.channels) * item
+        a.B, a.C = at.convolved + c.inner * item, at.convolved + (c.inner + states) * item
+        if _is_split(c):
+            row = c.channels
+            self._split(_Split(a.x, at.x, row, c.inner), _Split(a.B, at.B, row, states), _Split(a.C, at.C, row, states))
+            a.x, a.B, a.C, rows = at.x, at.B, at.C, (c.inner, states, c.outputs)
+        self.found += launches_ssd.ssd_scan(a, at.scan, self.device, rows)
+        groups, eps = (c.groups, c.eps) if layer.gate_norm else (1, -1.0)
+        sizes = (self.tokens, c.inner, c.outputs, c.length, groups, c.inner // groups, eps)
+        self._norm(_Norm(at.y, at.projected, layer.gate_norm, at.y, None, *sizes), self.T, item)
+
+    def _step(self, layer: Any) -> None:
+        c, at = self.c, self.at
+        self.found += steps.scan(c, layer, at.projected, at.low, at.y, self.device)
+        if c.heads and layer.gate_norm:
+            sizes = (self.tokens, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
+            self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, *sizes), self.T, self.item)
+
+    def _scan_of(self, layer: Any) -> Any:
+        a = _scan(self.c)
+        a.A, a.D, a.dt_bias, a.y = layer.A, layer.D, layer.dt_bias, self.at.y
+        a.ssm_state, a.ssm_state_out = layer.ssm_state, layer.ssm_state_out
+        return a
+
+    # --- their pieces
+
+    def _product(
+        self, x: int, inputs: int, x_row: int, w: int, outputs: int, y: int, add: bool, *, wide: bool = False
+    ) -> None:
+        c = self.c
+        self.found.append(Gemm(self.tokens, inputs, outputs, x, x_row, w, False, y, wide, add, c.dtype, self.at.blas))
+
+    def _bias(self, bias: int | None, y: int, width: int, Y: str, add: bool) -> None:
+        if bias:
+            self._rows("bias_kernel", (self.T, Y, add), (c_void_p(bias), c_void_p(y), c_int32(width)))
+
+    def _norm_hidden(self, weight: int, last: bool) -> None:
+        c, at = self.c, self.at
+        rows, seq_lens = (c.batch, c.seq_lens) if last else (self.tokens, None)
+        norm = _Norm(at.hidden, None, weight, at.normal, seq_lens, rows, c.width, 0, c.length, 1, c.width, c.eps)
+        self._norm(norm, "float", 4)
+
+    def _norm(self, a: _Norm, X: str, x_item: int) -> None:
+        wide = 16 // x_item
+        vectors = (a.weight or 0) % 16 == 0 and a.width % wide == a.x_row % wide == a.z_row % wide == 0
+        warps = ceil_div(a.width, 32 * _HELD)
+        rows = max(8 // warps, 1)
+        name = kernel_name("model", "norm_kernel", self.T, X, wide if vectors else 1)
+        grid = (ceil_div(a.rows * a.groups, rows),)
+        self.found.append(Launch(_SOURCE, name, grid, (32 * warps, rows), 0, (a,)))
+
+    def _split(self, *columns: _Split) -> None:
+        for s in columns:
+            self.found.append(pad_launch(Copy(s.source, s.target, self.tokens, (1, s.row), (1, s.width), self.item)))
+
+    def _rows(self, kernel: str, parameters: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        name = kernel_name("model", kernel, *parameters)
+        self.found.append(Launch(_SOURCE, name, (self.tokens,), (_ROW_THREADS,), 0, arguments))

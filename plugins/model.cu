@@ -1,0 +1,178 @@
+// MambaModel: which kernels run it, and the chain of one token of few rows, the parts of a decode step over the workspace.
+#ifndef MAMBA_KERNELS_ONLY
+#include <algorithm>
+
+#include "model.h"
+#endif
+
+#include "step_common.cuh"
+
+namespace mamba {
+namespace model {
+
+constexpr int kEmbedThreads = 128;
+constexpr int kWideFrom = 2048, kWideRows = 16, kNarrowRows = 64;  // d, and rows from that width on and below
+
+// The rows of the embedding that the ids name, [B, d]; an id out of range names the nearest that is not.
+template <typename T>
+__global__ void __launch_bounds__(kEmbedThreads)
+embed_kernel(const int32_t* input_ids, const T* embedding, float* hidden, int batch, int width, int vocab) {
+    let_next_start();
+    const int i = static_cast<int>(blockIdx.x * kEmbedThreads + threadIdx.x);
+    if (i >= width) return;
+    for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
+        const int64_t id = min(max(input_ids[b], 0), vocab - 1);
+        hidden[b * width + i] = to_float(load_constant(embedding + id * width + i));
+    }
+}
+
+#ifndef MAMBA_KERNELS_ONLY
+namespace {
+
+// --- the parts, as calls ------------------------------------------------------------------------------------------
+
+MambaInProj in_proj(const MambaModel& c, const MambaLayer& l, const float* hidden, void* y) {
+    const int32_t first = is_mamba2(c) ? c.inner : 0;
+    return {c.batch, 1, c.width, c.outputs, c.channels, c.conv_width, c.dtype, first, c.eps,
+            hidden, l.norm_weight, l.in_proj, l.in_proj_bias, l.conv_weight, l.conv_bias, l.conv_state, c.seq_lens,
+            y, l.conv_state_out};
+}
+
+MambaOutProj out_proj(const MambaModel& c, const MambaLayer& l, const void* x, const float* residual, float* y) {
+    const int32_t groups = l.gate_norm ? c.groups : 1;
+    return {c.batch, 1, c.inner, c.width, groups, c.dtype, c.eps, x, l.gate_norm, l.out_proj, l.out_proj_bias,
+            residual, y};
+}
+
+MambaHead head(const MambaModel& c, const float* hidden) {
+    return {c.batch, 1, c.width, c.vocab, c.dtype, c.eps, hidden, c.norm_weight, c.head, c.logits};
+}
+
+// --- the chain ----------------------------------------------------------------------------------------------------
+
+// What the chain keeps in the workspace. The residual stream alternates between two places: a part may still read one
+// when the next has begun to write.
+struct Buffers {
+    float* hidden[2];  // [B, d]
+    void *projected, *low, *y, *part;  // [B, M], [B, R + 2 N] and [B, D] T; the workspace of a part
+    size_t bytes = 0;
+
+    Buffers(const MambaModel& c, void* workspace) {
+        char* const start = static_cast<char*>(workspace);
+        const auto take = [&](int64_t width, int64_t item) {
+            void* const place = start + bytes;
+            bytes += workspace_bytes(ceil_div(c.batch * width * item, 4));
+            return place;
+        };
+        for (float*& stream : hidden) stream = static_cast<float*>(take(c.width, 4));
+        projected = take(c.outputs, item_bytes(c.dtype));
+        low = take(is_mamba2(c) ? 0 : c.rank + 2 * c.state_size, item_bytes(c.dtype));
+        y = take(c.inner, item_bytes(c.dtype));
+        part = start + bytes;
+        bytes += of_parts(c);
+    }
+
+    static size_t of_parts(const MambaModel& c) {
+        const MambaLayer none{};
+        const MambaInProj first = in_proj(c, none, nullptr, nullptr);
+        const MambaOutProj last = out_proj(c, none, nullptr, nullptr, nullptr);
+        const MambaHead after = head(c, nullptr);
+        const size_t most = std::max(
+            {mamba_in_proj_workspace(&first), mamba_out_proj_workspace(&last), mamba_head_workspace(&after)});
+        if (is_mamba2(c)) {
+            const MambaSsdUpdate update = ssd_update(c, none, nullptr, nullptr);
+            return std::max(most, mamba_ssd_update_workspace(&update));
+        }
+        const MambaXProj low = x_proj(c, none, nullptr, nullptr);
+        const MambaSelectiveUpdate update = selective_update(c, none, nullptr, nullptr, nullptr);
+        return std::max({most, mamba_x_proj_workspace(&low), mamba_selective_update_workspace(&update)});
+    }
+};
+
+cudaError_t embed(const MambaModel& c, float* hidden, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(c.width, kEmbedThreads)), std::min(c.batch, 65535));
+    with_dtype(c.dtype, [&](auto t) {
+        using T = decltype(t);
+        embed_kernel<T><<<grid, kEmbedThreads, 0, stream>>>(
+            c.input_ids, static_cast<const T*>(c.embedding), hidden, c.batch, c.width, c.vocab);
+    });
+    return cudaGetLastError();
+}
+
+int chain(const MambaModel& c, void* workspace, cudaStream_t stream) {
+    if (workspace == nullptr) return cudaErrorInvalidValue;
+    const Buffers at(c, workspace);
+    int error = embed(c, at.hidden[0], stream);
+    const auto run = [&](auto launch, const auto& part) {
+        if (error == cudaSuccess) error = launch(&part, at.part, stream);
+    };
+    for (int32_t i = 0; i < c.layers; i++) {
+        const MambaLayer& l = c.each[i];
+        float* const before = at.hidden[i % 2];
+        run(mamba_in_proj, in_proj(c, l, before, at.projected));
+        if (is_mamba2(c)) {
+            run(mamba_ssd_update, ssd_update(c, l, at.projected, at.y));
+        } else {
+            run(mamba_x_proj, x_proj(c, l, at.projected, at.low));
+            run(mamba_selective_update, selective_update(c, l, at.projected, at.low, at.y));
+        }
+        run(mamba_out_proj, out_proj(c, l, at.y, before, at.hidden[(i + 1) % 2]));
+    }
+    run(mamba_head, head(c, at.hidden[c.layers % 2]));
+    return error;
+}
+
+// --- checks and choice --------------------------------------------------------------------------------------------
+
+bool is_dtype(int32_t dtype) { return dtype >= MAMBA_FLOAT32 && dtype <= MAMBA_BFLOAT16; }
+
+bool sizes_agree(const MambaModel& c) {
+    const int64_t D = c.inner, states = int64_t{c.groups} * c.state_size;
+    if (!is_mamba2(c)) return c.rank > 0 && c.channels == D && c.outputs == 2 * D;
+    return c.rank == 0 && c.head_dim > 0 && c.groups > 0 && c.heads % c.groups == 0 &&
+           D == int64_t{c.heads} * c.head_dim && c.channels == D + 2 * states && c.outputs == D + c.channels + c.heads;
+}
+
+// Weights of products are read 16 bytes at a time.
+bool is_valid(const MambaModel& c) {
+    const auto weight = [&](const void* at, int64_t outputs) {
+        return at != nullptr && is_aligned(at, 16) && outputs * item_bytes(c.dtype) % 16 == 0;
+    };
+    const bool sizes = c.batch > 0 && c.length > 0 && c.length <= 1 << 20 && c.layers > 0 && c.width > 0 &&
+                       c.vocab > 0 && c.conv_width >= 2 && c.conv_width <= 8 && c.inner > 0 && c.state_size > 0 &&
+                       c.state_size <= 256;
+    if (!sizes || !sizes_agree(c) || !is_dtype(c.dtype) || !is_dtype(c.state_dtype) || c.each == nullptr) return false;
+    if (!weight(c.embedding, c.width) || !weight(c.head, c.width)) return false;
+    return std::all_of(c.each, c.each + c.layers, [&](const MambaLayer& l) {
+        const bool scan = is_mamba2(c) || (weight(l.x_proj, c.rank + 2 * c.state_size) && weight(l.dt_proj, c.inner));
+        return scan && weight(l.in_proj, c.outputs) && weight(l.out_proj, c.width);
+    });
+}
+
+// Whether products by cuBLAS, and what then are kernels of their own around them, are faster than the parts of a step.
+bool is_wide(const MambaModel& c) { return c.length > 1 || c.batch >= (c.width >= kWideFrom ? kWideRows : kNarrowRows); }
+
+int run(const MambaModel& c, void* workspace, cudaStream_t stream) {
+    if (!is_valid(c)) return cudaErrorInvalidValue;
+    return is_wide(c) ? prompt(c, workspace, stream) : chain(c, workspace, stream);
+}
+
+// Enough for fewer tokens too: for one, where there are more.
+size_t workspace(const MambaModel& c) {
+    const size_t of_chain = Buffers(c, nullptr).bytes;
+    return is_wide(c) ? std::max(of_chain, prompt_workspace(c)) : of_chain;
+}
+
+}  // namespace
+#endif
+}  // namespace model
+}  // namespace mamba
+
+#ifndef MAMBA_KERNELS_ONLY
+
+extern "C" size_t mamba_model_workspace(const MambaModel* call) { return mamba::model::workspace(*call); }
+
+extern "C" int mamba_model(const MambaModel* call, void* workspace, void* stream) {
+    return mamba::model::run(*call, workspace, static_cast<cudaStream_t>(stream));
+}
+#endif

@@ -1,0 +1,33 @@
+// The ways in which MambaModel is run, of which model.cu chooses. Host code alone.
+#pragma once
+
+#include "common.cuh"
+
+namespace mamba {
+namespace model {
+
+// prompt.cu: products by cuBLAS, of more tokens than one and of many rows.
+size_t prompt_workspace(const MambaModel& call);
+cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);
+
+inline bool is_mamba2(const MambaModel& c) { return c.heads > 0; }
+
+// The parts of a step between the products, as calls.
+inline MambaXProj x_proj(const MambaModel& c, const MambaLayer& l, const void* projected, void* low) {
+    return {c.batch, 1, c.outputs, c.inner, c.rank + 2 * c.state_size, c.dtype, projected, l.x_proj, low};
+}
+
+inline MambaSelectiveUpdate selective_update(
+    const MambaModel& c, const MambaLayer& l, const void* projected, const void* low, void* y) {
+    return {c.batch, 1, c.outputs, c.rank + 2 * c.state_size, c.rank, c.inner, c.state_size, c.dtype, c.state_dtype,
+            c.norm_eps, projected, low, l.dt_proj, l.A, l.D, l.dt_bias, l.ssm_state, c.seq_lens, y, l.ssm_state_out};
+}
+
+inline MambaSsdUpdate ssd_update(const MambaModel& c, const MambaLayer& l, const void* projected, void* y) {
+    return {c.batch, 1, c.outputs, c.heads, c.head_dim, c.state_size, c.groups, c.dtype, c.state_dtype, 1,
+            c.skip_per_channel, c.dt_min, c.dt_max, projected, l.A, l.D, l.dt_bias, l.ssm_state, c.seq_lens,
+            y, l.ssm_state_out};
+}
+
+}  // namespace model
+}  // namespace mamba

@@ -1,0 +1,160 @@
+// What a prompt of the whole model needs between its products and scans: rows that are looked up, normed, gated, or given a
+// bias. Bound by memory; a row is read once and stays in registers.
+#pragma once
+
+#include "step_common.cuh"
+
+namespace mamba {
+namespace model {
+
+constexpr int kHeldValues = 32;      // of a row that a thread of norm_kernel has
+constexpr int kMostNormWarps = 32;   // of a row
+constexpr int kRowThreads = 128, kPartWarps = 4;
+
+// hidden[row] = embedding[ids[row]]; an id out of range names the nearest that is not.
+template <typename T, int VEC>
+__global__ void __launch_bounds__(kRowThreads)
+    embed_rows_kernel(const int32_t* ids, const T* embedding, float* hidden, int vocab, int width) {
+    const int64_t row = blockIdx.x;
+    const int64_t id = min(max(ids[row], 0), vocab - 1);
+    for (int c = threadIdx.x * VEC; c < width; c += kRowThreads * VEC) {
+        float values[VEC];
+        Neighbours<T, VEC> in;
+        in.load(embedding + id * width + c);
+        in.get(values);
+        constexpr int kPack = VEC < 4 ? VEC : 4;
+#pragma unroll
+        for (int i = 0; i < VEC; i += kPack) {
+            Pack<float, kPack> out;
+            memcpy(&out, values + i, sizeof(out));
+            store(hidden + row * width + c + i, out);
+        }
+    }
+}
+
+// y = norm(x silu(z)) weight of each of `groups` parts of a row.
+struct Norm {
+    const void* x;            // [rows, groups, width] X, x_row apart
+    const void* z;            // [rows, groups, width] T, z_row apart; null: no gate
+    const float* weight;      // [groups, width]
+    void* y;                  // [rows, groups, width] T; may be x
+    const int32_t* seq_lens;  // null; or x is [rows, length, width], and of each its last token that is used, or zeros
+    int64_t rows;
+    int32_t x_row, z_row, length, groups, width;
+    float eps;                // negative: no norm, and no weight
+};
+
+// A row's threads along x, rows along y. VEC: values of an access; all rows begin at multiples of as many.
+template <typename T, typename X, int VEC>
+__global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a) {
+    constexpr int kHeld = kHeldValues / VEC;
+    __shared__ float partial[kMostNormWarps];
+    const int64_t item = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, row = item / a.groups;
+    const int group = static_cast<int>(item % a.groups), first = group * a.width;
+    const int step = static_cast<int>(blockDim.x) * VEC, begin = static_cast<int>(threadIdx.x) * VEC;
+    const bool exists = row < a.rows;
+    int64_t from = row;
+    bool used = exists;
+    if (a.seq_lens != nullptr && exists) {
+        const int last = min(a.seq_lens[row], a.length) - 1;
+        used = last >= 0;
+        from = row * a.length + last;
+    }
+    const X* const x = static_cast<const X*>(a.x) + from * a.x_row + first;
+    const T* const z = static_cast<const T*>(a.z) + from * a.z_row + first;
+    float values[kHeld][VEC] = {};
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) {
+        const int c = begin + i * step;
+        if (used && c < a.width) {
+            Neighbours<X, VEC> in;
+            in.load_written(x + c);
+            in.get(values[i]);
+        }
+    }
+    if (a.z != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            const int c = begin + i * step;
+            if (used && c < a.width) {
+                float gate[VEC];
+                Neighbours<T, VEC> in;
+                in.load(z + c);
+                in.get(gate);
+#pragma unroll
+                for (int v = 0; v < VEC; v++) values[i][v] *= silu(gate[v]);
+            }
+        }
+    }
+    float scale = 1.0f;
+    if (a.eps >= 0.0f) {
+        float squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+#pragma unroll
+            for (int v = 0; v < VEC; v++) squares = fmaf(values[i][v], values[i][v], squares);
+        }
+        squares = sum_of_warp(squares);
+        const int warps = blockDim.x / 32;
+        if (warps > 1) {
+            float* const own = partial + threadIdx.y * warps;
+            if (threadIdx.x % 32 == 0) own[threadIdx.x / 32] = squares;
+            __syncthreads();
+            squares = 0.0f;
+            for (int w = 0; w < warps; w++) squares += own[w];
+        }
+        scale = rsqrtf(squares / static_cast<float>(a.width) + a.eps);
+    }
+    if (!exists) return;
+    T* const y = static_cast<T*>(a.y) + item * a.width;
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) {
+        const int c = begin + i * step;
+        if (c >= a.width) continue;
+        if (a.eps >= 0.0f) {
+            float weight[VEC];
+            Neighbours<float, VEC> in;
+            in.load(a.weight + first + c);
+            in.get(weight);
+#pragma unroll
+            for (int v = 0; v < VEC; v++) values[i][v] *= scale * weight[v];
+        }
+        Pack<T, VEC> out;
+#pragma unroll
+        for (int v = 0; v < VEC; v++) out.v[v] = from_float<T>(values[i][v]);
+        store(y + c, out);
+    }
+}
+
+// Falcon-Mamba: norms of the parts of a row of `low`, R, N and N values, each by itself and where it stands. A warp a row.
+template <typename T>
+__global__ void __launch_bounds__(32 * kPartWarps) part_norms_kernel(T* low, int64_t rows, int rank, int states, float eps) {
+    const int64_t row = int64_t{blockIdx.x} * kPartWarps + threadIdx.x / 32;
+    if (row >= rows) return;
+    const int lane = threadIdx.x % 32;
+    T* part = low + row * (rank + 2 * states);
+    for (int i = 0; i < 3; i++) {
+        const int width = i == 0 ? rank : states;
+        float squares = 0.0f;
+        for (int c = lane; c < width; c += 32) {
+            const float v = to_float(part[c]);
+            squares = fmaf(v, v, squares);
+        }
+        const float scale = rsqrtf(sum_of_warp(squares) / static_cast<float>(width) + eps);
+        for (int c = lane; c < width; c += 32) part[c] = from_float<T>(to_float(part[c]) * scale);
+        part += width;
+    }
+}
+
+// y[row] = bias, or that added.
+template <typename T, typename Y, bool ADD>
+__global__ void __launch_bounds__(kRowThreads) bias_kernel(const T* bias, Y* y, int width) {
+    Y* const row = y + int64_t{blockIdx.x} * width;
+    for (int c = threadIdx.x; c < width; c += kRowThreads) {
+        const float v = to_float(load_constant(bias + c));
+        row[c] = from_float<Y>(ADD ? to_float(row[c]) + v : v);
+    }
+}
+
+}  // namespace model
+}  // namespace mamba
