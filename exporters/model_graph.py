@@ -14,7 +14,7 @@ from onnx import helper
 from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract, TensorSpec
 from mamba_deploy.exporters.functions import DOMAIN, PLUGIN, VERSION, element_type
-from mamba_deploy.plugins.rules import MAX_LAYERS, OPS
+from mamba_deploy.plugins.rules import FLOATS, MAX_LAYERS, ONLY_DTYPE, ONLY_STATE_DTYPE, OPS
 
 __all__ = ["covers", "model_graph"]
 
@@ -93,6 +93,8 @@ def model_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract)
         "dt_max": config.dt_max,
         "n_groups": config.n_groups,
         "all_logits": int(contract.all_logits),
+        ONLY_DTYPE: FLOATS.index(contract.dtype),
+        ONLY_STATE_DTYPE: FLOATS.index(contract.state_dtype),
     }
     attributes = {name: values[name] for name in op.attributes}
     node = helper.make_node(op_type, inputs, outputs, name="node_model", domain=DOMAIN, **attributes, **PLUGIN)

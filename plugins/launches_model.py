@@ -20,7 +20,7 @@ from mamba_deploy.plugins.nvrtc import Device, Launch
 __all__ = ["model", "workspace_bytes"]
 
 _EMBED_THREADS = 128
-_WIDE_FROM, _WIDE_ROWS, _NARROW_ROWS = 2048, 16, 64  # d, and rows from that width on and below
+_WIDE_FROM, _WIDE_ROWS, _NARROW_ROWS = 2048, 33, 129  # d, and rows from that width on and below
 
 
 def model(call: Any, workspace: int, device: Device) -> list[Any]:

@@ -32,7 +32,7 @@ constexpr int32_t kMAX_INPUTS = 19;  // of an operator, those of a layer counted
 constexpr int32_t kMAX_OUTPUTS = 3;
 constexpr int32_t kALL_INPUTS = (1 << kMAX_INPUTS) - 1;
 constexpr int32_t kMAX_LAYERS = 127;  // TensorRT ends the process at more than 256 outputs
-constexpr int32_t kMAX_ATTRIBUTES = 7;
+constexpr int32_t kMAX_ATTRIBUTES = 9;
 
 // --- log ----------------------------------------------------------------------------------------------------------
 
@@ -69,6 +69,7 @@ struct Attributes {
     float norm_eps = -1.0f;
     int32_t layers = 0;
     int32_t all_logits = 0;
+    int32_t only_dtype = -1, only_state_dtype = -1;  // numbers in mamba_kernels.h; -1: any
 };
 
 struct Attribute {
@@ -88,6 +89,10 @@ constexpr Attribute kEPS{"eps", PluginFieldType::kFLOAT32, offsetof(Attributes, 
 constexpr Attribute kNORM_EPS{"norm_eps", PluginFieldType::kFLOAT32, offsetof(Attributes, norm_eps), 0, 0};
 constexpr Attribute kLAYERS{"layers", PluginFieldType::kINT32, offsetof(Attributes, layers), 1, kMAX_LAYERS};
 constexpr Attribute kALL_LOGITS{"all_logits", PluginFieldType::kINT32, offsetof(Attributes, all_logits), 0, 1};
+// Left to choose among types, 8.6 took float32 for a model of float16, and converted all its weights in each call.
+constexpr Attribute kDTYPE{"only_dtype", PluginFieldType::kINT32, offsetof(Attributes, only_dtype), -1, MAMBA_BFLOAT16};
+constexpr Attribute kSTATE_DTYPE{
+    "only_state_dtype", PluginFieldType::kINT32, offsetof(Attributes, only_state_dtype), -1, MAMBA_BFLOAT16};
 constexpr Attribute kGIVEN{"given_inputs", PluginFieldType::kINT32, offsetof(Attributes, given_inputs), 1, kALL_INPUTS};
 
 constexpr char const* kACTIVATIONS[] = {"none", "silu"};  // by their numbers in mamba_kernels.h
@@ -237,7 +242,7 @@ inline constexpr Op kOPS[] = {
           {"A", 'F', "DN"}, {"D", 'F', "D", true}, {"dt_bias", 'F', "D", true}, {"ssm_state", 'S', "BDN"},
           {"out_proj", 'T', "Dd"}, {"out_proj_bias", 'T', "d", true}},
      3, {{"logits", 'F', "BV", false, "BLV"}, {"conv_state_out", 'T', "BCk"}, {"ssm_state_out", 'S', "BDN"}},
-     5, {kLAYERS, kEPS, kNORM_EPS, kALL_LOGITS, kGIVEN},
+     7, {kLAYERS, kEPS, kNORM_EPS, kALL_LOGITS, kDTYPE, kSTATE_DTYPE, kGIVEN},
      workspace_of<model_call, mamba_model_workspace>, launch_model<layer>, kLAYER_INPUTS, kLAYER_OUTPUTS},
     {"Mamba2Model",
      18, {{"input_ids", 'I', "BL"}, {"seq_lens", 'I', "B"}, {"embedding", 'T', "Vd"}, {"norm_weight", 'F', "d"},
@@ -247,7 +252,7 @@ inline constexpr Op kOPS[] = {
           {"dt_bias", 'F', "H", true}, {"ssm_state", 'S', "BHPN"}, {"gate_norm", 'F', "i", true}, {"out_proj", 'T', "id"},
           {"out_proj_bias", 'T', "d", true}},
      3, {{"logits", 'F', "BV", false, "BLV"}, {"conv_state_out", 'T', "BCk"}, {"ssm_state_out", 'S', "BHPN"}},
-     7, {kLAYERS, kEPS, kDT_MIN, kDT_MAX, kN_GROUPS, kALL_LOGITS, kGIVEN},
+     9, {kLAYERS, kEPS, kDT_MIN, kDT_MAX, kN_GROUPS, kALL_LOGITS, kDTYPE, kSTATE_DTYPE, kGIVEN},
      workspace_of<model_call, mamba_model_workspace>, launch_model<layer2>, kLAYER2_INPUTS, kLAYER_OUTPUTS},
 };
 constexpr int32_t kN_OPS = sizeof kOPS / sizeof kOPS[0];
@@ -291,9 +296,9 @@ public:
             fields[i] = field(op.attributes[i]);
         }
         auto const& a = attributes;
-        std::snprintf(timing_id, sizeof timing_id, "%s %d %d %a %a %d %d %a %a %d %d", op.name, a.activation,
-                      a.dt_softplus, a.dt_min, a.dt_max, a.n_groups, a.given_inputs, a.eps, a.norm_eps, a.layers,
-                      a.all_logits);
+        std::snprintf(timing_id, sizeof timing_id, "%s %d %d %a %a %d %d %a %a %d %d %d %d", op.name,
+                      a.activation, a.dt_softplus, a.dt_min, a.dt_max, a.n_groups, a.given_inputs, a.eps, a.norm_eps,
+                      a.layers, a.all_logits, a.only_dtype, a.only_state_dtype);
     }
     Node(Node const& other) : Node(other.op, other.attributes) {}
     Node& operator=(Node const&) = delete;
@@ -342,8 +347,9 @@ public:
         char const letter = tensor(position).type;
         if (letter == 'F') return type == DataType::kFLOAT;
         if (letter == 'I') return type == DataType::kINT32;
-        int32_t const first = input_of_type(letter);
-        return position == first ? float_code(type) >= 0 : type == type_of(first);
+        int32_t const first = input_of_type(letter), only = letter == 'S' ? attributes.only_state_dtype : attributes.only_dtype;
+        if (position != first) return type == type_of(first);
+        return float_code(type) >= 0 && (only < 0 || float_code(type) == only);
     }
 
     // Exprs is DimsExprs, whose elements point to what is not known yet; builder multiplies them.

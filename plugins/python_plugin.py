@@ -17,7 +17,7 @@ import numpy as np
 
 from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
-from mamba_deploy.plugins.rules import GIVEN_INPUTS, OPS, VERSION, Node
+from mamba_deploy.plugins.rules import GIVEN_INPUTS, OF_GRAPH, OPS, VERSION, Node
 
 __all__ = ["creators", "register"]
 
@@ -156,7 +156,7 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
             values, options = node.by_slot(arrays), dict(zip(("y", "state_out"), results, strict=False))
             if node.op.layer_inputs:
                 values, options = _with_layers(node, values, results)
-                attributes = {name: value for name, value in attributes.items() if name not in ("layers", "all_logits")}
+                attributes = {name: value for name, value in attributes.items() if name not in OF_GRAPH}
             call = getattr(kernels, node.op.kernel)
             call(*values, **attributes, **options, **of_call, workspace=(workspace, needed), stream=stream)
 

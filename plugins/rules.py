@@ -19,6 +19,9 @@ __all__ = [
     "FLOATS",
     "GIVEN_INPUTS",
     "MAX_LAYERS",
+    "OF_GRAPH",
+    "ONLY_DTYPE",
+    "ONLY_STATE_DTYPE",
     "OPS",
     "VERSION",
     "Node",
@@ -35,6 +38,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 # stand for every layer.
 GIVEN_INPUTS = "given_inputs"
 MAX_LAYERS = 127  # TensorRT ends the process at more than 256 outputs
+ONLY_DTYPE, ONLY_STATE_DTYPE = "only_dtype", "only_state_dtype"  # attributes: places in FLOATS; -1: any
+_ONLY = {ONLY_DTYPE: -1, ONLY_STATE_DTYPE: -1}
+OF_GRAPH = ("layers", "all_logits", *_ONLY)  # attributes that the shapes and dtypes of a call say too
 _INT32_MAX = 2**31 - 1
 _Element = TypeVar("_Element")
 
@@ -143,7 +149,7 @@ OPS: Mapping[str, Op] = {
         "model",
         parse_tensors(_MODEL_INPUTS),
         parse_tensors("logits:float32:B,V|B,L,V"),
-        {"layers": 1, "eps": 1e-5, "norm_eps": -1.0, "all_logits": 0},
+        {"layers": 1, "eps": 1e-5, "norm_eps": -1.0, "all_logits": 0, **_ONLY},
         {**_MODEL_SIZES, "D": "inner", "R": "rank"},
         parse_tensors(
             f"{_BEFORE_SCAN} x_proj:T:D,E dt_proj:T:R,D A:float32:D,N D?:float32:D dt_bias?:float32:D "
@@ -155,7 +161,7 @@ OPS: Mapping[str, Op] = {
         "model",
         parse_tensors(_MODEL_INPUTS),
         parse_tensors("logits:float32:B,V|B,L,V"),
-        {"layers": 1, "eps": 1e-5, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1, "all_logits": 0},
+        {"layers": 1, "eps": 1e-5, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1, "all_logits": 0, **_ONLY},
         {**_MODEL_SIZES, "H": "heads", "P": "head_dim", "G": "groups"},
         parse_tensors(
             f"{_BEFORE_SCAN} A:float32:H D?:float32:H|H,P dt_bias?:float32:H ssm_state:S:B,H,P,N "
@@ -170,6 +176,7 @@ _RANGES = {
     "chunk_size": (1, _INT32_MAX),
     "layers": (1, MAX_LAYERS),
     "all_logits": (0, 1),
+    **dict.fromkeys(_ONLY, (-1, len(FLOATS) - 1)),
 }
 
 
@@ -245,7 +252,10 @@ class Node:
         if wanted not in ("T", "S"):
             return dtype_of(position) == wanted
         first = self._first[wanted]
-        return dtype_of(position) in FLOATS if position == first else dtype_of(position) == dtype_of(first)
+        if position != first:
+            return dtype_of(position) == dtype_of(first)
+        only = self.attributes.get(ONLY_STATE_DTYPE if wanted == "S" else ONLY_DTYPE, -1)
+        return dtype_of(position) in (FLOATS if only < 0 else FLOATS[only : only + 1])
 
     def output_dtypes(self, dtypes: Sequence[_Element]) -> list[_Element]:
         """Of the inputs' dtypes, in whatever form they come."""

@@ -7,6 +7,7 @@ context is used, which TensorRT and other libraries share.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import threading
 from collections.abc import Callable
@@ -107,6 +108,8 @@ class Device:
             ) from error
         self._bindings: Any = require("cuda.bindings.driver", extra="cuda", why="capture CUDA graphs")
         self._thread = threading.get_ident()
+        # Kernels are then loaded when they are first run, not all of a library's: 8.6 holds hundreds of MB of them.
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
         try:
             self._cuda.init()
             device = self._cuda.Device(ordinal)

@@ -17,7 +17,7 @@ from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.exporters.functions import DOMAIN
 from mamba_deploy.exporters.model_graph import covers, model_graph
-from mamba_deploy.plugins.rules import GIVEN_INPUTS, OPS, Node, prepare_for_parser
+from mamba_deploy.plugins.rules import GIVEN_INPUTS, OF_GRAPH, OPS, Node, prepare_for_parser
 
 NOT_COVERED = {"mamba2-mlp-part", "mamba2-norm-before-gate"}
 KINDS = {
@@ -44,7 +44,7 @@ def run(model: onnx.ModelProto, feeds: dict[str, torch.Tensor]) -> dict[str, tor
     own = [next(slots) for _ in rule.op.inputs]
     layers = [{tensor.name: next(slots) for tensor in rule.op.layer_inputs} for _ in range(given["layers"])]
     rule.sizes([values[name].shape for name in node.input])  # which looks whether they agree
-    options = {name: given[name] for name in rule.op.attributes if name not in ("layers", "all_logits")}
+    options = {name: given[name] for name in rule.op.attributes if name not in OF_GRAPH}
     logits, states = step_ops.model(*own, layers, **options)
     found = [logits[:, None] if given["all_logits"] else logits, *(state for pair in states for state in pair)]
     return dict(zip(node.output, found, strict=True))

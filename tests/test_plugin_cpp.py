@@ -471,7 +471,8 @@ def _given(op_type: str) -> list[int]:
 
 
 def _of_model(op_type: str, i: int) -> dict[str, int]:
-    return {"layers": 1 + i % 3, "all_logits": i % 2} if OPS[op_type].layer_inputs else {}
+    only = {"only_dtype": i % 3 - 1, "only_state_dtype": 1 - i % 2}
+    return {"layers": 1 + i % 3, "all_logits": i % 2, **only} if OPS[op_type].layer_inputs else {}
 
 
 NODES = [

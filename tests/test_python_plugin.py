@@ -21,7 +21,16 @@ from mamba_deploy.errors import PluginError
 from mamba_deploy.exporters.functions import DOMAIN, OP_ATTRIBUTES, input_names, register_schemas
 from mamba_deploy.plugins import kernels as kernels_module
 from mamba_deploy.plugins import python_plugin
-from mamba_deploy.plugins.rules import FLOATS, GIVEN_INPUTS, OPS, Node, prepare_for_parser
+from mamba_deploy.plugins.rules import (
+    FLOATS,
+    GIVEN_INPUTS,
+    OF_GRAPH,
+    ONLY_DTYPE,
+    ONLY_STATE_DTYPE,
+    OPS,
+    Node,
+    prepare_for_parser,
+)
 from mamba_deploy.plugins.rules_step import PARTS
 
 # --- the rules ------------------------------------------------------------------------------------------------------
@@ -101,7 +110,7 @@ def model_outputs(node: Node, values: list[torch.Tensor | None]) -> tuple[torch.
     slots, attributes = iter(values), node.attributes
     own = [next(slots) for _ in node.op.inputs]
     layers = [{tensor.name: next(slots) for tensor in node.op.layer_inputs} for _ in range(attributes["layers"])]
-    given = {name: attributes[name] for name in node.op.attributes if name not in ("layers", "all_logits")}
+    given = {name: attributes[name] for name in node.op.attributes if name not in OF_GRAPH}
     logits, states = step_ops.model(*own, layers, **given)
     return (logits[:, None] if attributes["all_logits"] else logits, *(state for pair in states for state in pair))
 
@@ -129,6 +138,19 @@ def test_a_float32_state_beside_half_activations_may_stay():
     assert all(node.supports(i, [*types, "float16", "float32"].__getitem__) for i in range(11))
     assert not node.supports(10, [*types, "float16", "float16"].__getitem__)  # the state leaves as it came
     assert not node.supports(9, [*types, "float32"].__getitem__)
+
+
+@pytest.mark.parametrize("op_type", ["MambaModel", "Mamba2Model"])
+def test_a_model_may_say_its_dtypes(op_type):
+    """For who chooses among what an operator takes, and chooses badly."""
+    letters = {"T": "float16", "S": "float32"}
+    node = Node(op_type, {"layers": 2, ONLY_DTYPE: 1, ONLY_STATE_DTYPE: 0})
+    types = [letters.get(tensor.dtype, tensor.dtype) for tensor in node.inputs + node.outputs]
+    assert all(node.supports(i, types.__getitem__) for i in range(len(types)))
+    for letter, other in (("T", "float32"), ("T", "bfloat16"), ("S", "float16")):
+        changed = [{**letters, letter: other}.get(tensor.dtype, tensor.dtype) for tensor in node.inputs + node.outputs]
+        first = next(i for i, tensor in enumerate(node.inputs) if tensor.dtype == letter)
+        assert not node.supports(first, changed.__getitem__)
 
 
 def test_sizes_that_contradict_are_refused():
