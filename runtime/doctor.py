@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mamba_deploy.errors import MambaDeployError, MissingDependencyError
-from mamba_deploy.plugins import build, toolchain
+from mamba_deploy.plugins import build, cublas, toolchain
 from mamba_deploy.runtime import trt
 from mamba_deploy.versions import release
 
@@ -308,7 +308,15 @@ def _plugin_lines(machine: dict[str, Any], labels: dict[str, str]) -> list[Line]
             lines.append(line)
     except (OSError, RuntimeError) as error:  # a cache that cannot be read, no home
         lines.append(_line("library", "wrong", _first_line(error), "set MAMBA_DEPLOY_CACHE to a folder of yours"))
-    return [*lines, _nvrtc_line(machine)]
+    return [*lines, _nvrtc_line(machine), _cublas_line()]
+
+
+def _cublas_line() -> Line:
+    """Of the products of engines, when they run."""
+    try:
+        return _line("cuBLAS", "ok", str(cublas.find()._name))
+    except MambaDeployError as error:
+        return _line("cuBLAS", "missing", "not found", error.hint)
 
 
 def _nvrtc_line(machine: dict[str, Any]) -> Line:
@@ -344,7 +352,7 @@ def _summary(machine: dict[str, Any], checks: dict[str, list[Line]], labels: dic
         refused = rtx and gpus and not any(c in _RTX_GPUS or release(c) >= (12,) for c in gpus)
         hint = "pip install 'mamba-deploy[tensorrt]': TensorRT-RTX does not run on this GPU"
         gpu = [_line("GPU", "wrong", "refused by TensorRT-RTX", hint) if refused else lines["GPU"]]
-        needs = [*gpu, *common, *(lines[name] for name in ("pycuda", "cuda-bindings", "tokenizers"))]
+        needs = [*gpu, *common, *(lines[name] for name in ("pycuda", "cuda-bindings", "cuBLAS", "tokenizers"))]
         runs.append(_verdict(needs, f"mamba-deploy generate OUT -p TEXT {flag}"))
     verdicts = {"export": _verdict(checks["export"], "mamba-deploy export CHECKPOINT OUT")}
     verdicts["cpu"] = _verdict(checks["cpu"], "mamba-deploy generate OUT -p TEXT")

@@ -109,16 +109,22 @@ class Machine:
         self.install("cuda-bindings", CUDA["cuda-bindings"], None)
         self.write("site-packages/cuda/bindings/driver.py", "")
         self.write("site-packages/cuda/bindings/nvrtc.py", nvrtc)
+        functions = ("Create_v2", "SetStream_v2", "SetWorkspace_v2", "SetMathMode", "GemmEx")
+        source = self.write("cublas.c", "".join(f"int cublas{name}(void) {{ return 1; }}\n" for name in functions))
+        self.compile(source, self.write("site-packages/nvidia/cublas/lib/libcublas.so.12", ""))
 
-    def gpu(self, version: int = 12060, capability: tuple[int, int] = (9, 0), init: int = 0) -> None:
+    def compile(self, source: Path, library: Path, *flags: str) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
-            pytest.skip("a false libcuda.so.1 wants a C compiler")
+            pytest.skip(f"a false {library.name} wants a C compiler")
+        subprocess.run([compiler, "-shared", "-fPIC", *flags, "-o", str(library), str(source)], check=True)
+
+    def gpu(self, version: int = 12060, capability: tuple[int, int] = (9, 0), init: int = 0) -> None:
         source = self.write("libcuda.c", LIBCUDA)
         values = {"VERSION": version, "INIT": init, "MAJOR": capability[0], "MINOR": capability[1]}
         defines = [f"-D{name}={value}" for name, value in values.items()]
         self.libcuda = str(self.folder / "libcuda.so.1")
-        subprocess.run([compiler, "-shared", "-fPIC", *defines, "-o", self.libcuda, source], check=True)
+        self.compile(source, Path(self.libcuda), *defines)
 
     def toolkit(self, version: str = "12.6.85") -> None:
         """An nvcc, and CUDA's headers."""
@@ -460,6 +466,23 @@ def test_one_way_to_the_plugin_is_enough(machine: Machine, tensorrt: str, have: 
         lacks = "headers" if tensorrt == "8.6.2" else "Python plugins"  # the shortest way that this TensorRT takes
         assert facts.summary["gpu"]["lacks"] == [lacks]
         assert facts.summary["gpu"]["next"] == facts.hint(lacks)
+
+
+def test_products_need_cublas(machine: Machine) -> None:
+    machine.install_everything()
+    machine.install("tensorrt", "10.3.0", TENSORRT.format("10.3.0"))
+    machine.gpu()
+    machine.library("TensorRT 10.3.0", ["80"])
+    facts = machine.diagnose()
+    assert facts["cuBLAS"] == ("ok", str(machine.folder / "site-packages/nvidia/cublas/lib/libcublas.so.12"))
+    assert "gpu" in facts.ready
+    shutil.rmtree(machine.folder / "site-packages/nvidia")
+    facts = machine.diagnose()
+    if facts["cuBLAS"][0] == "ok":
+        pytest.skip("this system has a cuBLAS that any process finds")
+    assert "build" in facts.ready
+    assert facts.summary["gpu"]["lacks"] == ["cuBLAS"]
+    assert "nvidia-cublas-cu12" in facts.summary["gpu"]["next"]
 
 
 def test_nvcc_that_is_none(machine: Machine) -> None:
