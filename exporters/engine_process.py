@@ -107,7 +107,7 @@ def _plan(found: TensorRT, builder: Any, log: Any, graph: ParserGraph, asked: Ma
     if plan is None:
         raise EngineError(
             f"{found.label} did not build the engine: {_errors(log)}",
-            hint="with too little GPU memory: smaller --max-batch and --max-prefill, or --workspace",
+            hint="with too little GPU memory: smaller --max-batch and --max-prefill, or --workspace; else --no-fuse",
         )
     if cache is not None:
         _keep(cache, bytes(config.get_timing_cache().serialize()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_int32, c_void_p
 from typing import Any, NamedTuple
 
 from mamba_deploy.plugins import launches_parts, launches_prompt
@@ -13,13 +12,12 @@ from mamba_deploy.plugins.kernels import (
     MambaLayer,
     MambaOutProj,
 )
-from mamba_deploy.plugins.launches_common import BYTES, MAX_GRID_Y, TYPES, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_common import BYTES, ceil_div
 from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
 __all__ = ["model", "workspace_bytes"]
 
-_EMBED_THREADS = 128
 _WIDE_FROM, _WIDE_ROWS, _NARROW_ROWS = 2048, 33, 129  # d, and rows from that width on and below
 
 
@@ -69,18 +67,9 @@ def _buffers(c: Any, workspace: int) -> _Buffers:
     return _Buffers((first, second), projected, low_at, y, part, part + of_parts - workspace)
 
 
-def _embed(c: Any, hidden: int) -> Launch:
-    grid = (ceil_div(c.width, _EMBED_THREADS), min(c.batch, MAX_GRID_Y))
-    pointers = (c_void_p(c.input_ids), c_void_p(c.embedding), c_void_p(hidden))
-    arguments = (*pointers, c_int32(c.batch), c_int32(c.width), c_int32(c.vocab))
-    return Launch(
-        "model.cu", kernel_name("model", "embed_kernel", TYPES[c.dtype]), grid, (_EMBED_THREADS,), 0, arguments
-    )
-
-
 def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
     at, T = _buffers(c, workspace), c.dtype
-    launches = [_embed(c, at.hidden[0])]
+    launches = [launches_parts.embed(c, at.hidden[0])]
 
     def run(plan: Callable[[Any, int, Device], list[Launch]], part: Any) -> None:
         launches.extend(plan(part, at.part, device))

@@ -1,15 +1,28 @@
-"""Launches between the products of one token a row, which the chain of ``model.cu`` and ``prompt.cu`` share."""
+"""Launches beside the products that the chain of ``model.cu`` and ``prompt.cu`` share."""
 
 from __future__ import annotations
 
+from ctypes import c_int32, c_void_p
 from typing import Any
 
 from mamba_deploy.plugins.kernels import MambaSelectiveUpdate, MambaSsdUpdate, MambaXProj
+from mamba_deploy.plugins.launches_common import BYTES, TYPES, kernel_name
 from mamba_deploy.plugins.launches_ssd import ssd_update
 from mamba_deploy.plugins.launches_step import selective_update, x_proj
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
-__all__ = ["scan"]
+__all__ = ["ROWS", "ROW_THREADS", "embed", "scan"]
+
+ROWS, ROW_THREADS = "prompt_rows.cuh", 128
+
+
+def embed(c: Any, hidden: int) -> Launch:
+    """The rows of the embedding that the tokens of a call of MambaModel name, to an address."""
+    vec = 16 // BYTES[c.dtype]
+    vec = vec if c.width % vec == 0 and c.embedding % 16 == 0 else 1
+    pointers = (c_void_p(c.input_ids), c_void_p(c.embedding), c_void_p(hidden))
+    name = kernel_name("model", "embed_rows_kernel", TYPES[c.dtype], vec)
+    return Launch(ROWS, name, (c.batch * c.length,), (ROW_THREADS,), 0, (*pointers, c_int32(c.vocab), c_int32(c.width)))
 
 
 def scan(c: Any, layer: Any, projected: int, low: int, y: int, device: Device) -> list[Launch]:

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any, NamedTuple
 
-from mamba_deploy.plugins import launches_parts as steps
+from mamba_deploy.plugins import launches_parts as parts
 from mamba_deploy.plugins import launches_scan, launches_ssd
 from mamba_deploy.plugins.cublas import WORKSPACE_BYTES
 from mamba_deploy.plugins.kernels import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan
@@ -17,8 +17,7 @@ from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 
 __all__ = ["prompt", "workspace_bytes"]
 
-_SOURCE = "prompt_rows.cuh"
-_ROW_THREADS, _PART_WARPS, _HELD = 128, 4, 32
+_PART_WARPS, _HELD = 4, 32
 
 
 def prompt(call: Any, workspace: int, device: Device) -> list[Launch | Gemm]:
@@ -101,10 +100,7 @@ class _Prompt:
 
     def run(self) -> list[Launch | Gemm]:
         c, at = self.c, self.at
-        vec = 16 // self.item
-        vec = vec if c.width % vec == 0 and c.embedding % 16 == 0 else 1
-        pointers = (c_void_p(c.input_ids), c_void_p(c.embedding), c_void_p(at.hidden))
-        self._rows("embed_rows_kernel", (self.T, vec), (*pointers, c_int32(c.vocab), c_int32(c.width)))
+        self.found.append(parts.embed(c, at.hidden))
         for layer in (MambaLayer * c.layers).from_address(c.each):
             self._norm_hidden(layer.norm_weight, False)
             self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
@@ -139,7 +135,7 @@ class _Prompt:
             arguments = (c_void_p(at.low), c_int64(self.tokens), c_int32(c.rank), c_int32(N), c_float(c.norm_eps))
             grid = (ceil_div(self.tokens, _PART_WARPS),)
             name = kernel_name("model", "part_norms_kernel", self.T)
-            self.found.append(Launch(_SOURCE, name, grid, (32 * _PART_WARPS,), 0, arguments))
+            self.found.append(Launch(parts.ROWS, name, grid, (32 * _PART_WARPS,), 0, arguments))
         self._product(at.low, c.rank, row, layer.dt_proj, c.inner, at.dt, False)
         a, group_row = self._scan_of(layer), row
         a.x, a.dt, a.z = at.convolved, at.dt, at.projected + c.inner * item
@@ -165,7 +161,7 @@ class _Prompt:
 
     def _step(self, layer: Any) -> None:
         c, at = self.c, self.at
-        self.found += steps.scan(c, layer, at.projected, at.low, at.y, self.device)
+        self.found += parts.scan(c, layer, at.projected, at.low, at.y, self.device)
         if c.heads and layer.gate_norm:
             sizes = (self.tokens, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
             self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, *sizes), self.T, self.item)
@@ -201,7 +197,7 @@ class _Prompt:
         rows = max(8 // warps, 1)
         name = kernel_name("model", "norm_kernel", self.T, X, wide if vectors else 1)
         grid = (ceil_div(a.rows * a.groups, rows),)
-        self.found.append(Launch(_SOURCE, name, grid, (32 * warps, rows), 0, (a,)))
+        self.found.append(Launch(parts.ROWS, name, grid, (32 * warps, rows), 0, (a,)))
 
     def _split(self, *columns: _Split) -> None:
         for s in columns:
@@ -209,4 +205,4 @@ class _Prompt:
 
     def _rows(self, kernel: str, parameters: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
         name = kernel_name("model", kernel, *parameters)
-        self.found.append(Launch(_SOURCE, name, (self.tokens,), (_ROW_THREADS,), 0, arguments))
+        self.found.append(Launch(parts.ROWS, name, (self.tokens,), (parts.ROW_THREADS,), 0, arguments))

@@ -1,33 +1,14 @@
 // MambaModel: which kernels run it, and the chain of one token of few rows, the parts of a decode step over the workspace.
-#ifndef MAMBA_KERNELS_ONLY
 #include <algorithm>
 
 #include "model.h"
-#endif
-
-#include "step_common.cuh"
+#include "prompt_rows.cuh"
 
 namespace mamba {
 namespace model {
-
-constexpr int kEmbedThreads = 128;
-constexpr int kWideFrom = 2048, kWideRows = 33, kNarrowRows = 129;  // d, and rows from that width on and below
-
-// The rows of the embedding that the ids name, [B, d]; an id out of range names the nearest that is not.
-template <typename T>
-__global__ void __launch_bounds__(kEmbedThreads)
-embed_kernel(const int32_t* input_ids, const T* embedding, float* hidden, int batch, int width, int vocab) {
-    let_next_start();
-    const int i = static_cast<int>(blockIdx.x * kEmbedThreads + threadIdx.x);
-    if (i >= width) return;
-    for (int64_t b = blockIdx.y; b < batch; b += gridDim.y) {
-        const int64_t id = min(max(input_ids[b], 0), vocab - 1);
-        hidden[b * width + i] = to_float(load_constant(embedding + id * width + i));
-    }
-}
-
-#ifndef MAMBA_KERNELS_ONLY
 namespace {
+
+constexpr int kWideFrom = 2048, kWideRows = 33, kNarrowRows = 129;  // d, and rows from that width on and below
 
 // --- the parts, as calls ------------------------------------------------------------------------------------------
 
@@ -89,20 +70,11 @@ struct Buffers {
     }
 };
 
-cudaError_t embed(const MambaModel& c, float* hidden, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(c.width, kEmbedThreads)), std::min(c.batch, 65535));
-    with_dtype(c.dtype, [&](auto t) {
-        using T = decltype(t);
-        embed_kernel<T><<<grid, kEmbedThreads, 0, stream>>>(
-            c.input_ids, static_cast<const T*>(c.embedding), hidden, c.batch, c.width, c.vocab);
-    });
-    return cudaGetLastError();
-}
-
 int chain(const MambaModel& c, void* workspace, cudaStream_t stream) {
     if (workspace == nullptr) return cudaErrorInvalidValue;
     const Buffers at(c, workspace);
-    int error = embed(c, at.hidden[0], stream);
+    int error = cudaErrorInvalidValue;
+    with_dtype(c.dtype, [&](auto t) { error = embed<decltype(t)>(c, at.hidden[0], stream); });
     const auto run = [&](auto launch, const auto& part) {
         if (error == cudaSuccess) error = launch(&part, at.part, stream);
     };
@@ -165,15 +137,11 @@ size_t workspace(const MambaModel& c) {
 }
 
 }  // namespace
-#endif
 }  // namespace model
 }  // namespace mamba
-
-#ifndef MAMBA_KERNELS_ONLY
 
 extern "C" size_t mamba_model_workspace(const MambaModel* call) { return mamba::model::workspace(*call); }
 
 extern "C" int mamba_model(const MambaModel* call, void* workspace, void* stream) {
     return mamba::model::run(*call, workspace, static_cast<cudaStream_t>(stream));
 }
-#endif

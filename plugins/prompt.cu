@@ -112,22 +112,12 @@ class Prompt {
         : m_(m), at_(m, reinterpret_cast<uintptr_t>(workspace)), products_(m.dtype, at_.blas, stream), stream_(stream) {}
 
     cudaError_t run() {
-        return in_turn([&] { return products_.error(); }, [&] { return embed(); }, [&] { return layers(); },
+        return in_turn([&] { return products_.error(); }, [&] { return embed<T>(m_, at_.hidden, stream_); }, [&] { return layers(); },
                        [&] { return head(); });
     }
 
   private:
-    static constexpr int kVec = 16 / sizeof(T);
-
     static const T* at(const void* values, int64_t i) { return static_cast<const T*>(values) + i; }
-
-    cudaError_t embed() const {
-        const bool vectors = m_.width % kVec == 0 && is_aligned(m_.embedding, 16);
-        const auto kernel = vectors ? embed_rows_kernel<T, kVec> : embed_rows_kernel<T, 1>;
-        kernel<<<static_cast<unsigned>(tokens_), kRowThreads, 0, stream_>>>(m_.input_ids, at(m_.embedding, 0), at_.hidden,
-                                                                            m_.vocab, m_.width);
-        return cudaGetLastError();
-    }
 
     cudaError_t layers() const {
         cudaError_t error = cudaSuccess;

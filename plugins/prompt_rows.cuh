@@ -1,5 +1,4 @@
-// What a prompt of the whole model needs between its products and scans: rows that are looked up, normed, gated, or given a
-// bias. Bound by memory; a row is read once and stays in registers.
+// What the whole model needs between its products and scans: rows that are looked up, normed, gated, or given a bias. Bound by memory; a row is read once and stays in registers.
 #pragma once
 
 #include "step_common.cuh"
@@ -31,6 +30,21 @@ __global__ void __launch_bounds__(kRowThreads)
         }
     }
 }
+
+#ifndef MAMBA_KERNELS_ONLY
+
+// The rows that a call's tokens name, [B, L, d].
+template <typename T>
+cudaError_t embed(const MambaModel& m, float* hidden, cudaStream_t stream) {
+    constexpr int kVec = 16 / sizeof(T);
+    const bool vectors = m.width % kVec == 0 && is_aligned(m.embedding, 16);
+    const auto kernel = vectors ? embed_rows_kernel<T, kVec> : embed_rows_kernel<T, 1>;
+    kernel<<<static_cast<unsigned>(int64_t{m.batch} * m.length), kRowThreads, 0, stream>>>(
+        m.input_ids, static_cast<const T*>(m.embedding), hidden, m.vocab, m.width);
+    return cudaGetLastError();
+}
+
+#endif
 
 // y = norm(x silu(z)) weight of each of `groups` parts of a row.
 struct Norm {

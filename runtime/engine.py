@@ -110,6 +110,8 @@ class TensorRTBackend:
             trt.find_products()
         path = engine.path if engine else bundle.file(ENGINES[backend])
         self._engine: Any = load_engine(trt, log, path)
+        if facts.get("fused") and self._engine.num_layers > 2:  # one for each profile; the others convert what it takes
+            self._say(f"slower than it should be: {trt.label} made {self._engine.num_layers} layers of one operator")
         marked = engine.marked if engine else ()
         left_out = ("next_token",) if facts.get("fused") else ()
         self._bound_specs = [spec for spec in self._contract.tensors if spec.name not in left_out]

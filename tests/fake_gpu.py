@@ -186,6 +186,8 @@ class _Name(NamedTuple):
 class FakeEngine:
     """ONNX Runtime over the portable graph."""
 
+    num_layers = 1
+
     def __init__(self, device: FakeDevice, content: bytes) -> None:
         said = json.loads(content)
         self.device, self.bundle = device, Bundle.open(said["bundle"])

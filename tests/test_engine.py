@@ -257,6 +257,17 @@ def test_an_interrupt_at_any_moment_leaves_the_state_as_it_was(opened: Open, row
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
+def test_layers_beside_the_one_operator_are_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT 8.6 once converted every weight of a model in each call."""
+    monkeypatch.setattr(fake_gpu.FakeEngine, "num_layers", 290)
+    for fused in (False, True):
+        said: list[str] = []
+        given = fake_gpu.give_engine(path, fused=fused)
+        with Session(fake_gpu.open_backend(given, fake_gpu.FakeDevice(), say=said.append), given.config):
+            pass
+        assert [line for line in said if "290 layers of one operator" in line] == said[: int(fused)]
+
+
 def test_more_rows_than_the_engine_takes(opened: Open) -> None:
     session = opened(max_batch=2)
     with pytest.raises(InputError, match="3 rows were given, and the engine was built for 2") as caught:
