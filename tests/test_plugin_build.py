@@ -1093,8 +1093,9 @@ HOST = ("model.cu", "prompt.cu")  # have no kernels of their own
 
 @pytest.mark.slow
 @pytest.mark.parametrize("library", installed_nvrtcs() or [None], ids=lambda path: path.name if path else "none")
-@pytest.mark.parametrize("name", [*(name for name in KERNELS if name not in HOST), "prompt_rows.cuh"])
-def test_every_kernel_compiles_through_nvrtc_for_every_architecture_it_knows(name, library):
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in HOST])
+def test_every_kernel_compiles_through_nvrtc_for_the_architectures_it_knows(name, library):
+    """The oldest, the newest, the first of each generation, and Orin: code differs between generations alone."""
     if library is None:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime")
     need_sources(name)
@@ -1102,8 +1103,10 @@ def test_every_kernel_compiles_through_nvrtc_for_every_architecture_it_knows(nam
     assert 80 in nvrtc.architectures
     expected = kernels_in(build.SOURCES / name)
     assert expected
+    known = nvrtc.architectures
+    chosen = [a for a in known if a % 10 == 0 or a in (min(known), 87, max(known))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(lambda a: nvrtc.compile(build.SOURCES / name, a), nvrtc.architectures))
+        compiled = list(pool.map(lambda a: nvrtc.compile(build.SOURCES / name, a), chosen))
     for ptx in compiled:
         entries = re.findall(r"^\s*(?:\.visible |\.weak )?\.entry (\w+)", ptx, re.M)
         assert {
