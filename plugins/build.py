@@ -41,6 +41,7 @@ from mamba_deploy.plugins.toolchain import (
 )
 
 __all__ = [
+    "KERNEL_SOURCES",
     "PRODUCTS",
     "SOURCES",
     "Built",
@@ -75,7 +76,7 @@ class Product(NamedTuple):
     libraries: tuple[Library, ...]
 
 
-_KERNELS = (
+KERNEL_SOURCES = (
     "causal_conv1d.cu",
     "last_token.cu",
     "model.cu",
@@ -192,7 +193,7 @@ def _loads(built_for: str, wanted: str) -> bool:
 
 def sources_hash(product: Product) -> str:
     """Of everything the compiler reads of ours, and of how it is called; of no file that is missing."""
-    names = {name for library in product.libraries for name in library.sources} | set(_KERNELS)
+    names = {name for library in product.libraries for name in library.sources} | set(KERNEL_SOURCES)
     headers = {path.name for pattern in ("*.h", "*.cuh") for path in SOURCES.glob(pattern)}
     if product.interface is None:
         headers = {name for name in headers if not name.startswith("plugin")}
@@ -323,7 +324,7 @@ def build(
 
 
 def _check_sources(product: Product) -> None:
-    names = [*_KERNELS, *itertools.chain.from_iterable(library.sources for library in product.libraries)]
+    names = [*KERNEL_SOURCES, *itertools.chain.from_iterable(library.sources for library in product.libraries)]
     if missing := [name for name in names if not (SOURCES / name).is_file()]:
         raise PluginError(f"{SOURCES} lacks {', '.join(missing)}", hint="install mamba-deploy again")
 
@@ -353,7 +354,7 @@ def _compile(
     """Leave the product's libraries in ``work``."""
     (work / "exports.map").write_text(_EXPORTS, encoding="utf-8")
     (work / "rpath").write_text("-rpath=$ORIGIN\n", encoding="utf-8")  # in a file: nvcc hands arguments to a shell
-    sources = dict.fromkeys([*_KERNELS, *(name for library in product.libraries for name in library.sources)])
+    sources = dict.fromkeys([*KERNEL_SOURCES, *(name for library in product.libraries for name in library.sources)])
     threads = max(1, (os.cpu_count() or 1) // len(sources))
     generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     if (newest := ptx_architecture(architectures)) is not None:
@@ -367,7 +368,7 @@ def _compile(
         jobs.append(_Job(source, [*common, *cuda, "-c", "-o", f"{source}.o", str(SOURCES / source)]))
     _run(jobs, work, say)
     for library in product.libraries:
-        objects = [f"{source}.o" for source in (*(_KERNELS if library.kernels else ()), *library.sources)]
+        objects = [f"{source}.o" for source in (*(KERNEL_SOURCES if library.kernels else ()), *library.sources)]
         link = [str(compiler.path), *_LINK_FLAGS, f"-Xlinker=-soname={library.file}", "-o", library.file, *objects]
         if not library.kernels:
             link += ["-cudart=none", product.libraries[0].file, "-Xlinker=@rpath"]

@@ -105,15 +105,22 @@ bool sizes_agree(const MambaModel& c) {
            D == int64_t{c.heads} * c.head_dim && c.channels == D + 2 * states && c.outputs == D + c.channels + c.heads;
 }
 
+}  // namespace
+
+bool are_sizes(const MambaModel& c) {
+    const bool bounds = c.batch > 0 && c.length > 0 && c.length <= 1 << 20 && c.layers > 0 && c.width > 0 && c.vocab > 0 &&
+                        c.conv_width >= 2 && c.conv_width <= 8 && c.inner > 0 && c.state_size > 0 && c.state_size <= 256;
+    return bounds && sizes_agree(c) && is_dtype(c.dtype) && is_dtype(c.state_dtype);
+}
+
+namespace {
+
 // Weights of products are read 16 bytes at a time.
 bool is_valid(const MambaModel& c) {
     const auto weight = [&](const void* at, int64_t outputs) {
         return at != nullptr && is_aligned(at, 16) && outputs * item_bytes(c.dtype) % 16 == 0;
     };
-    const bool sizes = c.batch > 0 && c.length > 0 && c.length <= 1 << 20 && c.layers > 0 && c.width > 0 &&
-                       c.vocab > 0 && c.conv_width >= 2 && c.conv_width <= 8 && c.inner > 0 && c.state_size > 0 &&
-                       c.state_size <= 256;
-    if (!sizes || !sizes_agree(c) || !is_dtype(c.dtype) || !is_dtype(c.state_dtype) || c.each == nullptr) return false;
+    if (!are_sizes(c) || c.each == nullptr) return false;
     if (!weight(c.embedding, c.width) || !weight(c.head, c.width)) return false;
     return std::all_of(c.each, c.each + c.layers, [&](const MambaLayer& l) {
         const bool scan = is_mamba2(c) || (weight(l.x_proj, c.rank + 2 * c.state_size) && weight(l.dt_proj, c.inner));

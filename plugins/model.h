@@ -6,6 +6,9 @@
 namespace mamba {
 namespace model {
 
+// model.cu: whether sizes and dtypes are within bounds and agree.
+bool are_sizes(const MambaModel& call);
+
 // prompt.cu: products by cuBLAS, of more tokens than one and of many rows.
 size_t prompt_workspace(const MambaModel& call);
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);

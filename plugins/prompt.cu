@@ -18,17 +18,8 @@ namespace model {
 namespace {
 
 bool is_valid(const MambaModel& m) {
-    const int64_t groups = int64_t{m.groups} * m.state_size, inner = int64_t{m.heads} * m.head_dim;
     const int most = 32 * kMostNormWarps * kHeldValues;
-    const bool sizes = m.batch > 0 && m.length > 0 && m.length <= 1 << 20 && int64_t{m.batch} * m.length <= INT_MAX &&
-                       m.layers > 0 && m.width > 0 && m.width <= most && m.inner > 0 && m.inner <= most && m.vocab > 0 &&
-                       m.state_size > 0 && m.state_size <= 256 && m.conv_width >= 2 && m.conv_width <= 8;
-    const bool types = m.dtype >= MAMBA_FLOAT32 && m.dtype <= MAMBA_BFLOAT16 && m.state_dtype >= MAMBA_FLOAT32 &&
-                       m.state_dtype <= MAMBA_BFLOAT16;
-    if (!sizes || !types) return false;
-    if (!is_mamba2(m)) return m.rank > 0 && m.channels == m.inner && m.outputs == 2 * m.inner;
-    return m.head_dim > 0 && m.groups > 0 && m.heads % m.groups == 0 && m.inner == inner &&
-           m.channels == inner + 2 * groups && m.outputs == inner + m.channels + m.heads;
+    return are_sizes(m) && int64_t{m.batch} * m.length <= INT_MAX && m.width <= most && m.inner <= most;
 }
 
 int64_t tokens_of(const MambaModel& m) { return int64_t{m.batch} * m.length; }
@@ -112,8 +103,8 @@ class Prompt {
         : m_(m), at_(m, reinterpret_cast<uintptr_t>(workspace)), products_(m.dtype, at_.blas, stream), stream_(stream) {}
 
     cudaError_t run() {
-        return in_turn([&] { return products_.error(); }, [&] { return embed<T>(m_, at_.hidden, stream_); }, [&] { return layers(); },
-                       [&] { return head(); });
+        return in_turn([&] { return products_.error(); }, [&] { return embed<T>(m_, at_.hidden, stream_); },
+                       [&] { return layers(); }, [&] { return head(); });
     }
 
   private:
@@ -154,7 +145,9 @@ class Prompt {
 
     // The scan of a single token, as in the chain of model.cu.
     cudaError_t step(const MambaLayer& layer) const {
-        const auto run = [&](auto launch, const auto& part) { return static_cast<cudaError_t>(launch(&part, nullptr, stream_)); };
+        const auto run = [&](auto launch, const auto& part) {
+            return static_cast<cudaError_t>(launch(&part, nullptr, stream_));
+        };
         if (!is_mamba2(m_)) {
             return in_turn([&] { return run(mamba_x_proj, x_proj(m_, layer, at_.projected, at_.low)); }, [&] {
                 return run(mamba_selective_update, selective_update(m_, layer, at_.projected, at_.low, at_.y));

@@ -1,4 +1,5 @@
-// What the whole model needs between its products and scans: rows that are looked up, normed, gated, or given a bias. Bound by memory; a row is read once and stays in registers.
+// What the whole model needs between its products and scans: rows that are looked up, normed, gated, or given a bias. Bound
+// by memory; a row is read once and stays in registers.
 #pragma once
 
 #include "step_common.cuh"

@@ -21,22 +21,12 @@ import torch
 
 from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins import cublas, kernels, launches, launches_prompt, nvrtc
-from mamba_deploy.plugins.build import SOURCES
+from mamba_deploy.plugins.build import KERNEL_SOURCES, SOURCES
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 from mamba_deploy.plugins.toolchain import find_compiler
 
 pytestmark = pytest.mark.slow
 
-FILES = (
-    "causal_conv1d.cu",
-    "last_token.cu",
-    "model.cu",
-    "prompt.cu",
-    "sample_token.cu",
-    "selective_scan.cu",
-    "ssd_scan.cu",
-    "step.cu",
-)
 STEP = ("in_proj", "x_proj", "selective_update", "ssd_update", "out_proj", "head")
 ALIGNED = (*STEP, "model")  # whose weights lie at multiples of 16 bytes
 DEVICES = [
@@ -175,7 +165,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     common = [nvcc, "-std=c++17", *architecture, "-Xcompiler=-fPIC", f"-I{SOURCES}", "-c"]
     processes = [
         subprocess.Popen([*common, str(path), "-o", str(folder / f"{path.name}.o")])
-        for path in (*(SOURCES / file for file in FILES), folder / "runtime.cpp")
+        for path in (*(SOURCES / file for file in KERNEL_SOURCES), folder / "runtime.cpp")
     ]
     assert [process.wait() for process in processes] == [0] * len(processes)
     objects = [str(path) for path in sorted(folder.glob("*.o"))]
@@ -562,7 +552,7 @@ def test_a_padded_prompt_is_the_recurrence(P, N, T, S, skip, same):
 
 
 def test_files_of_the_kernels_are_there():
-    assert all((Path(SOURCES) / file).is_file() for file in FILES)
+    assert all((Path(SOURCES) / file).is_file() for file in KERNEL_SOURCES)
 
 
 # --- compiling and launching without the library -----------------------------------------------------------------
