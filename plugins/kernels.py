@@ -13,41 +13,26 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from ctypes import c_float, c_int32, c_void_p
+from ctypes import c_float, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins.arrays import Array, as_array, check_devices, check_overlap, check_pointer, stream_handle
-from mamba_deploy.plugins.rules import OPS, Op, Tensor
-from mamba_deploy.plugins.rules_step import PARTS
+from mamba_deploy.plugins.arguments import (
+    INT32_MAX,
+    SIGNATURES,
+    Argument,
+    as_workspace,
+    check_dtype_name,
+    check_sizes,
+    checked,
+    model_arguments,
+)
+from mamba_deploy.plugins.arrays import Array, as_array, check_devices, check_overlap, stream_handle
+from mamba_deploy.plugins.rules import OPS
+from mamba_deploy.plugins.structs import ACTIVATIONS, DTYPES, MambaLayer, MambaModel, pointers
 
-__all__ = [
-    "Kernels",
-    "MambaCausalConv1d",
-    "MambaHead",
-    "MambaInProj",
-    "MambaLastToken",
-    "MambaLayer",
-    "MambaModel",
-    "MambaOutProj",
-    "MambaSampleToken",
-    "MambaSelectiveScan",
-    "MambaSelectiveUpdate",
-    "MambaSsdScan",
-    "MambaSsdUpdate",
-    "MambaXProj",
-    "RuntimeKernels",
-    "load",
-]
-
-WORKSPACE_ALIGNMENT = 256
-MAX_LENGTH = 2**20
-MAX_VOCAB = 2**20
-_INT32_MAX = 2**31 - 1
-_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}
-_FLOATS = "float32, float16 or bfloat16"
-_ACTIVATIONS = {"none": 0, "silu": 1}
+__all__ = ["Kernels", "RuntimeKernels", "load"]
 
 # What a launch can answer: static libcudart, which the library holds, keeps its cudaGetErrorName to itself.
 CUDA_ERRORS = {
@@ -92,332 +77,6 @@ _ERROR_HINTS = {
 }
 
 
-# --- the structs of mamba_kernels.h ------------------------------------------------------------------------------
-
-
-def _fields(integers: str, pointers: str, floats: str = "") -> list[tuple[str, type[Any]]]:
-    return [
-        *((name, c_int32) for name in integers.split()),
-        *((name, c_float) for name in floats.split()),
-        *((name, c_void_p) for name in pointers.split()),
-    ]
-
-
-def _pointers(struct: type[ctypes.Structure]) -> list[str]:
-    """Its arrays, which stand in the order of the op's arguments, outputs last."""
-    return [field[0] for field in struct._fields_ if field[1] is c_void_p]
-
-
-class MambaCausalConv1d(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch length channels width dtype activation", "x weight bias conv_state seq_lens y conv_state_out"
-    )
-
-
-class MambaSelectiveScan(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch length channels state_size dtype state_dtype dt_softplus",
-        "x dt A B C D z dt_bias ssm_state seq_lens y ssm_state_out",
-    )
-
-
-class MambaSsdScan(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch length heads head_dim state_size groups dtype state_dtype dt_softplus skip_per_channel",
-        "x dt A B C D dt_bias ssm_state seq_lens y ssm_state_out",
-        floats="dt_min dt_max",
-    )
-
-
-class MambaLastToken(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields("batch length width dtype", "x seq_lens y")
-
-
-class MambaInProj(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch length width outputs channels conv_width dtype conv_first",
-        "hidden norm_weight weight bias conv_weight conv_bias conv_state seq_lens y conv_state_out",
-        floats="eps",
-    )
-
-
-class MambaXProj(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields("batch length row channels outputs dtype", "x weight y")
-
-
-class MambaSelectiveUpdate(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch length row low_row rank channels state_size dtype state_dtype",
-        "xz low dt_weight A D dt_bias ssm_state seq_lens y ssm_state_out",
-        floats="norm_eps",
-    )
-
-
-class MambaSsdUpdate(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch length row heads head_dim state_size groups dtype state_dtype dt_softplus skip_per_channel",
-        "projected A D dt_bias ssm_state seq_lens y ssm_state_out",
-        floats="dt_min dt_max",
-    )
-
-
-class MambaOutProj(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields("batch length channels width groups dtype", "x norm_weight weight bias residual y", floats="eps")
-
-
-class MambaHead(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields("batch length width vocab dtype", "hidden norm_weight weight y", floats="eps")
-
-
-class MambaLayer(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "",
-        "norm_weight in_proj in_proj_bias conv_weight conv_bias conv_state x_proj dt_proj A D dt_bias ssm_state "
-        "gate_norm out_proj out_proj_bias conv_state_out ssm_state_out",
-    )
-
-
-class MambaModel(ctypes.Structure):
-    """As in ``mamba_kernels.h``; ``each`` is the address of an array of :class:`MambaLayer`, which must be kept."""
-
-    _fields_ = _fields(
-        "batch length layers width outputs channels conv_width inner state_size rank heads head_dim groups vocab dtype "
-        "state_dtype skip_per_channel all_logits",
-        "input_ids seq_lens embedding norm_weight head logits each",
-        floats="eps norm_eps dt_min dt_max",
-    )
-
-
-class MambaSampleToken(ctypes.Structure):
-    """As in ``mamba_kernels.h``."""
-
-    _fields_ = _fields(
-        "batch vocab capacity top_k endings",
-        "logits uniform eos_ids steps tokens log seq_lens",
-        floats="temperature top_p min_p",
-    )
-
-
-# --- what each op takes ------------------------------------------------------------------------------------------
-
-
-class _Argument(NamedTuple):
-    """An array of an op."""
-
-    name: str  # what the caller calls it
-    field: str  # in the struct
-    tensor: Tensor
-    output: bool = False
-    may_be: str = ""  # of state_out: the state, whose very array it may be
-
-
-class _Op(NamedTuple):
-    struct: type[ctypes.Structure]
-    sizes: Mapping[str, str]  # symbol: field
-    arguments: tuple[_Argument, ...]  # in an order in which H*P comes after H and P
-    optional_sizes: frozenset[str] = frozenset()  # fields that not every call has
-
-
-def _op(struct: type[ctypes.Structure], rule: Op) -> _Op:
-    arguments = [_Argument(tensor.name, tensor.name, tensor) for tensor in rule.inputs]
-    for tensor in rule.outputs:
-        state = tensor.name.removesuffix("_out") if tensor.name != "y" else ""
-        arguments.append(_Argument("state_out" if state else "y", tensor.name, tensor, output=True, may_be=state))
-    products = any("*" in axis for tensor in rule.inputs for axis in tensor.axes)
-    arguments.sort(key=lambda argument: not (products and argument.tensor.dtype == "S"))  # the state has every factor
-    return _Op(struct, rule.sizes, tuple(arguments))
-
-
-def _model_arguments(kind: str, layers: int) -> list[_Argument]:
-    """Of an operator of a whole model. The state of a layer comes first, as it has every factor of H*P."""
-    rule = OPS[kind]
-    arguments = [_Argument(tensor.name, tensor.name, tensor) for tensor in rule.inputs]
-    arguments += [_Argument(tensor.name, tensor.name, tensor, output=True) for tensor in rule.outputs]
-    for i in range(layers):
-        own = f"layers[{i}]."
-        inputs = [_Argument(own + tensor.name, tensor.name, tensor) for tensor in rule.layer_inputs]
-        arguments += sorted(inputs, key=lambda argument: argument.tensor.dtype != "S")
-        for tensor in rule.layer_outputs:
-            state = own + tensor.name.removesuffix("_out")
-            arguments.append(_Argument(own + tensor.name, tensor.name, tensor, output=True, may_be=state))
-    return arguments
-
-
-_PARTS = (MambaInProj, MambaXProj, MambaSelectiveUpdate, MambaSsdUpdate, MambaOutProj, MambaHead)
-_OPS = {
-    OPS[struct.__name__].kernel: _op(struct, OPS[struct.__name__])
-    for struct in (MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaLastToken)
-}
-_OPS |= {PARTS[struct.__name__].kernel: _op(struct, PARTS[struct.__name__]) for struct in _PARTS}
-_OPS["model"] = _Op(
-    MambaModel,
-    {**OPS["MambaModel"].sizes, **OPS["Mamba2Model"].sizes, "layers": "layers"},
-    (),
-    frozenset(("inner", "rank", "heads", "head_dim", "groups")),
-)
-# No operator of a graph, so ``rules`` has not heard of it.
-_OPS["sample_token"] = _Op(
-    MambaSampleToken,
-    {"B": "batch", "V": "vocab", "capacity": "capacity", "endings": "endings"},
-    (
-        _Argument("logits", "logits", Tensor("logits", "float32", ("B", "V"))),
-        _Argument("uniform", "uniform", Tensor("uniform", "float64", ("capacity", "B"), optional=True)),
-        _Argument("eos_ids", "eos_ids", Tensor("eos_ids", "int32", ("endings",), optional=True)),
-        _Argument("steps", "steps", Tensor("steps", "int32", ("B",)), output=True),
-        _Argument("tokens", "tokens", Tensor("tokens", "int32", ("B",)), output=True),
-        _Argument("log", "log", Tensor("log", "int32", ("capacity", "B"), optional=True), output=True),
-        _Argument("seq_lens", "seq_lens", Tensor("seq_lens", "int32", ("B",), optional=True), output=True),
-    ),
-)
-_LIMITS = {"K": (2, 8), "N": (1, 256), "L": (1, MAX_LENGTH), "V": (1, MAX_VOCAB)}
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-_BFLOAT16_HINT = "where 16-bit integers hold bfloat16, say so: dtype='bfloat16', or of ssm_state state_dtype='bfloat16'"
-
-
-def _float_dtype(array: Array, name: str, said: str | None) -> str:
-    if said is not None:
-        return _check_name(name, said)
-    if array.dtype not in _CODES:
-        hint = _BFLOAT16_HINT if array.dtype == "uint16" else ""
-        raise PluginError(f"{array.name} is {array.dtype}: expected {_FLOATS}", hint=hint)
-    return array.dtype
-
-
-def _check_name(name: str, dtype: str) -> str:
-    if dtype not in _CODES:
-        raise PluginError(f"{name} is {dtype!r}: expected {_FLOATS}")
-    return dtype
-
-
-def _check_dtype(array: Array, expected: str, said: bool) -> None:
-    if array.dtype == expected or (array.dtype == "uint16" and expected == "bfloat16" and said):
-        return
-    hint = _BFLOAT16_HINT if array.dtype == "uint16" and expected == "bfloat16" else ""
-    raise PluginError(f"{array.name} is {array.dtype}: expected {expected}", hint=hint)
-
-
-def _size(axis: str, sizes: Mapping[str, int]) -> int | None:
-    """What ``H*P`` or ``K-1`` is, as far as it is known."""
-    if axis.endswith("-1"):
-        known = sizes.get(axis[:-2])
-        return None if known is None else known - 1
-    found = [sizes.get(symbol) for symbol in axis.split("*")]
-    return math.prod(size for size in found if size is not None) if None not in found else None
-
-
-def _check_shape(array: Array, tensor: Tensor, sizes: dict[str, int]) -> None:
-    """Compare with what the arrays before it fixed; a symbol that is new gets its size here."""
-    for axes in (tensor.axes, tensor.other_axes):
-        if len(axes) != len(array.shape):
-            continue
-        wanted = [_size(axis, sizes) for axis in axes]
-        if all(w in (None, size) for w, size in zip(wanted, array.shape, strict=True)):
-            sizes.update((axis, size) for axis, size in zip(axes, array.shape, strict=True) if axis.isalpha())
-            return
-    shown = " or ".join(_show(axes, sizes) for axes in (tensor.axes, tensor.other_axes) if axes)
-    raise PluginError(f"{array.name} has shape {list(array.shape)}: expected {shown}")
-
-
-def _show(axes: tuple[str, ...], sizes: Mapping[str, int]) -> str:
-    """``[B = 2, L, H*P = 12]``: what is known of a shape."""
-    known = [(axis, _size(axis, sizes)) for axis in axes]
-    return f"[{', '.join(axis if size is None else f'{axis} = {size}' for axis, size in known)}]"
-
-
-def _check_sizes(sizes: Mapping[str, int]) -> None:
-    for symbol, size in sizes.items():
-        low, high = _LIMITS.get(symbol, (1, _INT32_MAX))
-        if not low <= size <= high:
-            raise PluginError(f"{symbol} is {size}: expected {low} to {high}")
-    groups = sizes.get("G", 1)
-    for symbol, what in (("H", "heads"), ("D", "channels")):
-        if sizes.get(symbol, groups) % groups:
-            raise PluginError(f"n_groups is {groups}: expected a divisor of the number of {what}, {sizes[symbol]}")
-
-
-def _as_workspace(given: Any, needed: int) -> Array:
-    """Of a device array of any dtype, or of (pointer, bytes)."""
-    if given is None:
-        raise PluginError(
-            f"workspace is None: expected {needed} bytes", hint="Kernels.workspace_bytes tells beforehand"
-        )
-    if isinstance(given, tuple):
-        pointer, size = given
-        array = Array("workspace", int(pointer), "uint8", 1, (int(size),))
-    else:
-        array = as_array("workspace", given)
-    if array.bytes < needed:
-        raise PluginError(f"workspace has {array.bytes} bytes: expected {needed}")
-    check_pointer(array, WORKSPACE_ALIGNMENT)
-    return array
-
-
-def _checked(
-    arguments: Sequence[_Argument],
-    values: Sequence[Any],
-    sizes: dict[str, int],
-    dtype: str | None,
-    state_dtype: str | None,
-) -> tuple[dict[str, Array], dict[str, str]]:
-    """The arrays that are there, by name, and what T and S are; ``sizes`` gets what the shapes say.
-
-    Raises:
-        PluginError: An array is not what its argument asks for.
-    """
-    arrays: dict[str, Array] = {}
-    types: dict[str, str] = {}
-    said = {"T": dtype, "S": state_dtype}
-    for argument, value in zip(arguments, values, strict=True):
-        if value is not None:
-            arrays[argument.name] = as_array(argument.name, value)
-        elif not argument.tensor.optional:
-            raise PluginError(f"{argument.name} is None: expected an array")
-    for letter, name in (("T", "dtype"), ("S", "state_dtype")):
-        first = next((a.name for a in arguments if a.tensor.dtype == letter and not a.output), None)
-        if first is not None:
-            types[letter] = _float_dtype(arrays[first], name, said[letter])
-    for argument in arguments:
-        if argument.name not in arrays:
-            continue
-        array, letter = arrays[argument.name], argument.tensor.dtype
-        _check_dtype(array, types.get(letter, letter), said.get(letter) is not None)
-        _check_shape(array, argument.tensor, sizes)
-        check_pointer(array, array.item_bytes)  # the kernels look themselves for what they may load at once
-        if argument.output and not array.writable:
-            raise PluginError(f"{argument.name} is read-only: expected an array to write to")
-    _check_sizes(sizes)
-    return arrays, types
-
-
-# --- the library -------------------------------------------------------------------------------------------------
-
-
 class Kernels:
     """A loaded library of the kernels. Arguments are those of the ops in ``mamba_deploy.ops``, which define them.
 
@@ -438,7 +97,7 @@ class Kernels:
             raise PluginError(
                 f"the kernels library {path} cannot be loaded: {error}", hint="mamba-deploy plugin build --kernels-only"
             ) from error
-        for name, op in _OPS.items():
+        for name, op in SIGNATURES.items():
             for symbol, arguments, result in (
                 (f"mamba_{name}", [ctypes.POINTER(op.struct), c_void_p, c_void_p], ctypes.c_int),
                 (f"mamba_{name}_workspace", [ctypes.POINTER(op.struct)], ctypes.c_size_t),
@@ -464,10 +123,10 @@ class Kernels:
         dtype: str | None = None,
     ) -> None:
         """``ops.causal_conv1d``: x [B, L, C], weight [C, K], bias [C] or None, conv_state [B, C, K-1], seq_lens [B]."""
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise PluginError(f"activation is {activation!r}: expected 'silu' or 'none'")
         arrays = (x, weight, bias, conv_state, seq_lens, y, state_out)
-        constants = {"activation": _ACTIVATIONS[activation]}
+        constants = {"activation": ACTIVATIONS[activation]}
         self._run("causal_conv1d", arrays, constants, workspace, stream, dtype)
 
     def selective_scan(
@@ -728,7 +387,7 @@ class Kernels:
             raise PluginError(f"dt_min is {dt_min} and dt_max is {dt_max}: expected dt_min <= dt_max")
         is_mamba2 = layers[0].get("x_proj") is None
         kind = "Mamba2Model" if is_mamba2 else "MambaModel"
-        arguments = _model_arguments(kind, len(layers))
+        arguments = model_arguments(kind, len(layers))
         own: dict[str, Any] = {
             "input_ids": input_ids,
             "seq_lens": seq_lens,
@@ -742,7 +401,7 @@ class Kernels:
         if unknown := own.keys() - {argument.name for argument in arguments}:
             raise PluginError(f"{min(unknown)} is no array of a layer of this kind of model")
         sizes = {"G": n_groups} if is_mamba2 else {}
-        arrays, types = _checked(arguments, [own.get(a.name) for a in arguments], sizes, dtype, state_dtype)
+        arrays, types = checked(arguments, [own.get(a.name) for a in arguments], sizes, dtype, state_dtype)
         skips = {len(arrays[a.name].shape) for a in arguments if a.field == "D" and a.name in arrays}
         if len(skips) > 1:
             raise PluginError("D is [H] in one layer and [H, P] in another: expected one form")
@@ -804,7 +463,7 @@ class Kernels:
         temperature, top_p, min_p = (c_float(value).value for value in (temperature, top_p, min_p))
         for name, value, allowed, inside in (
             ("temperature", temperature, "a finite number, 0 (greedy) or above", 0 <= temperature < math.inf),
-            ("top_k", top_k, f"0 (off) to {_INT32_MAX}", 0 <= top_k <= _INT32_MAX),
+            ("top_k", top_k, f"0 (off) to {INT32_MAX}", 0 <= top_k <= INT32_MAX),
             ("top_p", top_p, "a number above 0 and at most 1 (off)", 0 < top_p <= 1),
             ("min_p", min_p, "a number from 0 (off) to 1", 0 <= min_p <= 1),
         ):
@@ -832,16 +491,16 @@ class Kernels:
             **sizes: Every size in the op's struct by its name there: batch, length, channels and so on; of ``model``
                 those of Mamba, or of Mamba-2 without ``inner``.
         """
-        if op not in _OPS:
-            raise PluginError(f"op is {op!r}: expected one of {', '.join(_OPS)}")
-        names = list(_OPS[op].sizes.values())
-        if not set(names) - _OPS[op].optional_sizes <= sizes.keys() <= set(names):
+        if op not in SIGNATURES:
+            raise PluginError(f"op is {op!r}: expected one of {', '.join(SIGNATURES)}")
+        names = list(SIGNATURES[op].sizes.values())
+        if not set(names) - SIGNATURES[op].optional_sizes <= sizes.keys() <= set(names):
             raise PluginError(f"{op} was given the sizes {', '.join(sizes)}: expected {', '.join(names)}")
-        _check_sizes({symbol: sizes[name] for symbol, name in _OPS[op].sizes.items() if name in sizes})
-        call = _OPS[op].struct(**sizes)
+        check_sizes({symbol: sizes[name] for symbol, name in SIGNATURES[op].sizes.items() if name in sizes})
+        call = SIGNATURES[op].struct(**sizes)
         if isinstance(call, MambaModel) and call.heads:
             call.inner = call.heads * call.head_dim
-        _set_dtypes(call, _check_name("dtype", dtype), _check_name("state_dtype", state_dtype))
+        _set_dtypes(call, check_dtype_name("dtype", dtype), check_dtype_name("state_dtype", state_dtype))
         return self._workspace_bytes(op, call)
 
     def _workspace_bytes(self, op: str, call: ctypes.Structure) -> int:
@@ -857,10 +516,10 @@ class Kernels:
         dtype: str | None = None,
         state_dtype: str | None = None,
     ) -> None:
-        op = _OPS[name]
-        values = dict(zip(_pointers(op.struct), given, strict=True))
+        op = SIGNATURES[name]
+        values = dict(zip(pointers(op.struct), given, strict=True))
         sizes = {"G": constants["groups"]} if "groups" in constants else {}
-        arrays, types = _checked(op.arguments, [values[a.field] for a in op.arguments], sizes, dtype, state_dtype)
+        arrays, types = checked(op.arguments, [values[a.field] for a in op.arguments], sizes, dtype, state_dtype)
         call = op.struct(**constants)
         for symbol, size in sizes.items():
             setattr(call, op.sizes[symbol], size)
@@ -874,7 +533,7 @@ class Kernels:
         self,
         name: str,
         call: ctypes.Structure,
-        arguments: Sequence[_Argument],
+        arguments: Sequence[Argument],
         arrays: Mapping[str, Array],
         workspace: Any,
         stream: Any,
@@ -884,7 +543,7 @@ class Kernels:
         needed = self._workspace_bytes(name, call)
         used = list(arrays.values())
         if needed:
-            scratch = _as_workspace(workspace, needed)
+            scratch = as_workspace(workspace, needed)
             used.append(scratch)
             allowed["workspace"] = ""
         check_devices(used)
@@ -920,7 +579,7 @@ class RuntimeKernels(Kernels):
 def _set_dtypes(call: ctypes.Structure, dtype: str, state_dtype: str) -> None:
     for name, value in (("dtype", dtype), ("state_dtype", state_dtype)):
         if hasattr(call, name):
-            setattr(call, name, _CODES[value])
+            setattr(call, name, DTYPES[value])
 
 
 def _cuda_error(op: str, code: int) -> PluginError:

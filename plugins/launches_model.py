@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mamba_deploy.plugins import launches_parts, launches_prompt
-from mamba_deploy.plugins.kernels import (
+from mamba_deploy.plugins.launches_common import BYTES, ceil_div
+from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
+from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.structs import (
     MambaHead,
     MambaInProj,
     MambaLayer,
     MambaOutProj,
 )
-from mamba_deploy.plugins.launches_common import BYTES, ceil_div
-from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
-from mamba_deploy.plugins.nvrtc import Device, Launch
 
 __all__ = ["model", "workspace_bytes"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from ctypes import c_int32, c_void_p
 from typing import Any
 
-from mamba_deploy.plugins.kernels import MambaSelectiveUpdate, MambaSsdUpdate, MambaXProj
 from mamba_deploy.plugins.launches_common import BYTES, TYPES, kernel_name
 from mamba_deploy.plugins.launches_ssd import ssd_update
 from mamba_deploy.plugins.launches_step import selective_update, x_proj
 from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.structs import MambaSelectiveUpdate, MambaSsdUpdate, MambaXProj
 
 __all__ = ["ROWS", "ROW_THREADS", "embed", "scan"]
 

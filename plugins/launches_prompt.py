@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from mamba_deploy.plugins import launches_parts as parts
 from mamba_deploy.plugins import launches_scan, launches_ssd
 from mamba_deploy.plugins.cublas import WORKSPACE_BYTES
-from mamba_deploy.plugins.kernels import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan
 from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
 from mamba_deploy.plugins.launches_conv import causal_conv1d
 from mamba_deploy.plugins.launches_pad import Copy, pad_launch
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
+from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan
 
 __all__ = ["prompt", "workspace_bytes"]
 

@@ -26,7 +26,7 @@ def ssd_scan(call: Any, workspace: int, device: Device, rows: tuple[int, int, in
 
 def ssd_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """As the launcher in ``ssd_scan.cu``: call is its struct; workspace is not used."""
-    from mamba_deploy.plugins.kernels import MambaSsdScan
+    from mamba_deploy.plugins.structs import MambaSsdScan
 
     item, channels, states = BYTES[call.dtype], call.heads * call.head_dim, call.groups * call.state_size
     x = call.projected + channels * item

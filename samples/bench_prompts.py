@@ -28,7 +28,7 @@ from bench_peers import config_of, counts, names
 from torch import Tensor
 
 from mamba_deploy.model import MambaModel
-from mamba_deploy.plugins import kernels
+from mamba_deploy.plugins import structs
 from mamba_deploy.plugins.build import kernels_library
 
 PRODUCTS = "products alone"
@@ -120,8 +120,8 @@ class Prompt:
                 "D": m.D, "dt_bias": m.dt_bias, "gate_norm": norm, **products, **states,
             }  # fmt: skip
             self.kept.append(tensors)
-            layers.append(kernels.MambaLayer(**_addresses(tensors)))
-        self.each = (kernels.MambaLayer * len(layers))(*layers)
+            layers.append(structs.MambaLayer(**_addresses(tensors)))
+        self.each = (structs.MambaLayer * len(layers))(*layers)
         fixed = {
             "input_ids": torch.randint(0, c.vocab_size, (1, length), device=weight.device, dtype=torch.int32),
             "seq_lens": torch.full((1,), length, device=weight.device, dtype=torch.int32),
@@ -132,7 +132,7 @@ class Prompt:
         }
         self.kept.append(fixed)
         inner = {"rank": c.dt_rank} if mamba else {"heads": c.n_heads, "head_dim": c.head_dim, "groups": c.n_groups}
-        self.struct = kernels.MambaModel(
+        self.struct = structs.MambaModel(
             batch=1, length=length, layers=len(layers), width=c.d_model, outputs=weights[0]["in_proj"].shape[1],
             channels=c.conv_channels, conv_width=c.d_conv, inner=c.d_inner, state_size=c.d_state, vocab=c.vocab_size,
             dtype=1, state_dtype=0, eps=c.norm_eps, norm_eps=-1.0, dt_min=c.dt_min, dt_max=c.dt_max,

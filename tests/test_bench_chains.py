@@ -18,7 +18,7 @@ from mamba_deploy.checkpoint import load_checkpoint
 from mamba_deploy.limits import parameter_count
 from mamba_deploy.model import MambaModel
 from mamba_deploy.plugins import launches
-from mamba_deploy.plugins.kernels import _OPS
+from mamba_deploy.plugins.arguments import SIGNATURES
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
 
@@ -33,7 +33,7 @@ class References:
     """What ``plugins/kernels.py`` offers, of the references."""
 
     def workspace_bytes(self, op: str, dtype: str, **sizes: int) -> int:
-        return launches.workspace_bytes(op, _OPS[op].struct(**sizes))
+        return launches.workspace_bytes(op, SIGNATURES[op].struct(**sizes))
 
     def __getattr__(self, op: str) -> Any:
         def call(*args: Any, y: torch.Tensor, workspace: Any, stream: int, state_out: Any = None) -> None:

@@ -20,28 +20,28 @@ import torch
 
 from mamba_deploy import ops
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import build, kernels, toolchain
+from mamba_deploy.plugins import build, kernels, structs, toolchain
 from mamba_deploy.plugins.kernels import Kernels
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 HEADER = (PLUGINS / "mamba_kernels.h").read_text(encoding="utf-8")
 OPS = {
-    "causal_conv1d": kernels.MambaCausalConv1d,
-    "selective_scan": kernels.MambaSelectiveScan,
-    "ssd_scan": kernels.MambaSsdScan,
-    "last_token": kernels.MambaLastToken,
+    "causal_conv1d": structs.MambaCausalConv1d,
+    "selective_scan": structs.MambaSelectiveScan,
+    "ssd_scan": structs.MambaSsdScan,
+    "last_token": structs.MambaLastToken,
 }
 BY_OP = pytest.mark.parametrize("op", OPS)
 STEP = {
-    "in_proj": kernels.MambaInProj,
-    "x_proj": kernels.MambaXProj,
-    "selective_update": kernels.MambaSelectiveUpdate,
-    "ssd_update": kernels.MambaSsdUpdate,
-    "out_proj": kernels.MambaOutProj,
-    "head": kernels.MambaHead,
+    "in_proj": structs.MambaInProj,
+    "x_proj": structs.MambaXProj,
+    "selective_update": structs.MambaSelectiveUpdate,
+    "ssd_update": structs.MambaSsdUpdate,
+    "out_proj": structs.MambaOutProj,
+    "head": structs.MambaHead,
 }
-STRUCTS = {**OPS, **STEP, "model": kernels.MambaModel, "sample_token": kernels.MambaSampleToken}
-EVERY = [*STRUCTS.values(), kernels.MambaLayer]
+STRUCTS = {**OPS, **STEP, "model": structs.MambaModel, "sample_token": structs.MambaSampleToken}
+EVERY = [*STRUCTS.values(), structs.MambaLayer]
 STUB = """
 #include <string.h>
 #include "mamba_kernels.h"
@@ -155,8 +155,8 @@ def test_structs_lie_in_memory_as_the_compiler_lays_them(tmp_path):
 
 def test_codes_are_those_of_the_header():
     codes = {name: int(value) for name, value in re.findall(r"(MAMBA_\w+) = (\d+)", HEADER)}
-    expected = {f"MAMBA_{name.upper()}": code for name, code in kernels._CODES.items()}
-    expected |= {f"MAMBA_ACTIVATION_{name.upper()}": code for name, code in kernels._ACTIVATIONS.items()}
+    expected = {f"MAMBA_{name.upper()}": code for name, code in structs.DTYPES.items()}
+    expected |= {f"MAMBA_ACTIVATION_{name.upper()}": code for name, code in structs.ACTIVATIONS.items()}
     assert codes == expected
 
 
@@ -302,9 +302,9 @@ def test_arguments_come_in_the_order_of_the_ops(op):
 def test_the_struct_holds_what_was_given(stub, op, dtype, state_dtype):
     given = arguments(op, dtype, state_dtype)
     getattr(stub.kernels, op)(**given, stream=77)
-    expected = SIZES[op] | CONSTANTS[op] | {"dtype": kernels._CODES[dtype]}
+    expected = SIZES[op] | CONSTANTS[op] | {"dtype": structs.DTYPES[dtype]}
     if "ssm_state" in given:
-        expected["state_dtype"] = kernels._CODES[state_dtype]
+        expected["state_dtype"] = structs.DTYPES[state_dtype]
     for name, value in given.items():
         if isinstance(value, Fake):
             state = "conv_state" if op == "causal_conv1d" else "ssm_state"
@@ -499,7 +499,7 @@ class Kept(Kernels):
 
     def _launch(self, op: str, call: Any, workspace: int, stream: int) -> None:
         self.call = {name: getattr(call, name) for name, _ in call._fields_}
-        each = (kernels.MambaLayer * call.layers).from_address(self.call.pop("each"))
+        each = (structs.MambaLayer * call.layers).from_address(self.call.pop("each"))
         self.layers = [{name: getattr(one, name) for name, _ in one._fields_} for one in each]
 
 
@@ -511,11 +511,11 @@ def test_a_model_reaches_the_library(stub_path, kind, state_dtype):
     kept.model(**given, eps=0.5, norm_eps=0.25, dt_min=0.125, dt_max=2.0, n_groups=groups)
     sizes = {"batch": 2, "length": 5, "layers": 2, "width": 6, "conv_width": 4, "state_size": 8, "vocab": 7}
     constants = {"eps": 0.5, "norm_eps": 0.25, "dt_min": 0.125, "dt_max": 2.0, "skip_per_channel": 0, "all_logits": 0}
-    dtypes = {"dtype": 1, "state_dtype": kernels._CODES[state_dtype]}
+    dtypes = {"dtype": 1, "state_dtype": structs.DTYPES[state_dtype]}
     layers = given.pop("layers")
     pointers = {name: array.pointer for name, array in given.items()}
     assert kept.call == sizes | MODEL_SIZES[kind] | constants | dtypes | pointers
-    nothing = {name: None for name, _ in kernels.MambaLayer._fields_}
+    nothing = {name: None for name, _ in structs.MambaLayer._fields_}
     assert kept.layers == [{**nothing, **{n: array.pointer for n, array in one.items()}} for one in layers]
 
 

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import quick_nvcc
 import recurrence
 import torch
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import cublas, kernels, launches, launches_prompt, nvrtc
+from mamba_deploy.plugins import arguments, cublas, launches, launches_prompt, nvrtc, structs
 from mamba_deploy.plugins.build import KERNEL_SOURCES, SOURCES
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 from mamba_deploy.plugins.toolchain import find_compiler
@@ -154,14 +155,14 @@ Recorder = ctypes.CFUNCTYPE(
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The launchers over the stand-in; device code is PTX that nobody optimised."""
     try:
-        nvcc = str(find_compiler().path)
+        compiler = find_compiler()
     except PluginError as error:
         pytest.skip(f"needs nvcc: {str(error).splitlines()[0]}")
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("launchers")
     (folder / "runtime.cpp").write_text(RUNTIME, encoding="utf-8")
-    architecture = ["-gencode=arch=compute_90,code=compute_90", "-Xcicc=-O0"]
+    nvcc, architecture = str(compiler.path), ["-gencode=arch=compute_90,code=compute_90", *quick_nvcc.flags(compiler)]
     common = [nvcc, "-std=c++17", *architecture, "-Xcompiler=-fPIC", f"-I{SOURCES}", "-c"]
     processes = [
         subprocess.Popen([*common, str(path), "-o", str(folder / f"{path.name}.o")])
@@ -187,7 +188,7 @@ OPTIONAL = ("bias", "D", "z", "dt_bias", "conv_bias", "in_proj_bias", "out_proj_
 
 def _struct(op: str, draw: random.Random, sizes: dict[str, int]) -> Any:
     """A call with addresses that nothing is at, now and then at odd ones."""
-    struct = kernels._OPS[op].struct
+    struct = arguments.SIGNATURES[op].struct
     call = struct(**sizes)
     for name in ("dtype", "state_dtype"):
         if hasattr(call, name):
@@ -278,11 +279,11 @@ def random_prompt(draw: random.Random) -> tuple[Any, Any]:
         inner = heads * P
         sizes |= {"heads": heads, "head_dim": P, "groups": groups, "channels": inner + 2 * groups * states}
         sizes |= {"outputs": 2 * inner + 2 * groups * states + heads}
-    call = kernels.MambaModel(**sizes, width=width, inner=inner, state_size=states, conv_width=draw.choice((4, 4, 3)))
+    call = structs.MambaModel(**sizes, width=width, inner=inner, state_size=states, conv_width=draw.choice((4, 4, 3)))
     call.vocab, call.dtype, call.state_dtype = _size(draw, (50280,), 1 << 18), draw.randrange(3), draw.randrange(3)
     call.skip_per_channel, call.all_logits, call.eps = draw.randrange(2), draw.randrange(2), draw.random()
     call.norm_eps, call.dt_min, call.dt_max = draw.choice((-1.0, 1e-6)), draw.random(), 1.0 + draw.random()
-    layers = (kernels.MambaLayer * 2)()
+    layers = (structs.MambaLayer * 2)()
     optional = ("in_proj_bias", "conv_bias", "D", "dt_bias", "gate_norm", "out_proj_bias")
     for struct in (call, *layers):
         for name, kind in struct._fields_:
@@ -307,7 +308,7 @@ def _model(draw: random.Random, batch: int) -> Any:
         sizes |= {"inner": D, "channels": D, "outputs": 2 * D, "state_size": N, "rank": R, "groups": 1}
     call = _struct("model", draw, sizes)
     call.norm_eps, call.eps = draw.choice((-1.0, 1e-6)), 1e-5
-    call.kept = (kernels.MambaLayer * call.layers)()  # by the call, as long as it is there
+    call.kept = (structs.MambaLayer * call.layers)()  # by the call, as long as it is there
     absent = {name for name in OPTIONAL if draw.random() < 0.3} | {"x_proj", "dt_proj"} if is_mamba2 else {"gate_norm"}
     for layer in call.kept:
         for name, _ in layer._fields_:
@@ -381,7 +382,7 @@ def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: 
 WORKSPACE = 1 << 44
 
 
-@pytest.mark.parametrize("op", list(kernels._OPS))
+@pytest.mark.parametrize("op", list(arguments.SIGNATURES))
 def test_python_launches_what_the_compiled_launchers_do(library, op):
     draw = random.Random(op)
     plan: Callable[..., list[Launch]] = getattr(launches, op)
@@ -445,7 +446,7 @@ def test_python_launches_what_the_compiled_prompt_does(library):
 def test_the_launcher_of_sample_token_refuses(library, changed):
     given = {"batch": 2, "vocab": 5, "capacity": 3, "temperature": 1.0, "top_p": 1.0, "uniform": 1 << 20}
     for values, answer in ((given, 0), (given | changed, 1)):  # cudaErrorInvalidValue
-        call = kernels.MambaSampleToken(**values)
+        call = structs.MambaSampleToken(**values)
         recorder = Recorder(lambda *launched: None)
         library.set_recorder(recorder, (ctypes.c_int * 3)(9, 132, 232448))
         assert library.mamba_sample_token(ctypes.byref(call), None, None) == answer
@@ -460,7 +461,10 @@ def test_workspace_never_shrinks_with_length(library):
         workspace = getattr(library, f"mamba_{op}_workspace")
         workspace.restype = ctypes.c_size_t
         for batch in (1, 2, 70):
-            calls = (kernels._OPS[op].struct(**sizes, batch=batch, length=length, dtype=1) for length in range(1, 4097))
+            calls = (
+                arguments.SIGNATURES[op].struct(**sizes, batch=batch, length=length, dtype=1)
+                for length in range(1, 4097)
+            )
             needed = [workspace(ctypes.byref(call)) for call in calls]
             assert needed == sorted(needed), op
             assert needed[-1] > 0 or batch == 70
@@ -498,7 +502,7 @@ def test_a_padded_prompt_is_the_recurrence(P, N, T, S, skip, same):
     want_y, want_state = recurrence.ssd_scan(*given, True, 0.01, 2.0, groups)
     y = torch.full_like(tensors["x"], math.nan)
     state_out = tensors["ssm_state"] if same else torch.full_like(tensors["ssm_state"], math.nan)
-    call = kernels.MambaSsdScan(
+    call = structs.MambaSsdScan(
         batch=batch, length=length, heads=heads, head_dim=P, state_size=N, groups=groups,
         dtype=("float32", "float16", "bfloat16").index(T), state_dtype=("float32", "float16", "bfloat16").index(S),
         dt_softplus=1, skip_per_channel=skip == "HP", dt_min=0.01, dt_max=2.0,
@@ -608,12 +612,12 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize("architecture", [75, 80, 87, 90, 100, 120])
+@pytest.mark.parametrize("architecture", [75, 90])
 def test_what_is_launched_compiles(compiler, architecture, tmp_path):
     """A kernel of each op and form; for the tensor cores only where they are."""
     draw = random.Random(architecture)
     device = Device(architecture, architecture // 10, 64, 101376)
-    for op in kernels._OPS:
+    for op in arguments.SIGNATURES:
         kinds: dict[str, Launch] = {}
         for _ in range(300):
             call = random_call(op, draw)

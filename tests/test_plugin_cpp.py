@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import build, kernels
+from mamba_deploy.plugins import arguments, build, structs
 from mamba_deploy.plugins.rules import FLOATS, OPS, Node
 from mamba_deploy.plugins.toolchain import Headers, find_compiler, find_headers
 
@@ -35,7 +35,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 NO_HEADERS = f"no C++ headers of TensorRT: no */NvInfer.h in {FOLDER}; MAMBA_DEPLOY_TEST_HEADERS names the folder"
 
 
-STRUCTS = {op.kernel: kernels._OPS[op.kernel].struct for op in OPS.values()}
+STRUCTS = {op.kernel: arguments.SIGNATURES[op.kernel].struct for op in OPS.values()}
 
 
 def _print(struct: type[ctypes.Structure], prefix: str = "", *values: str) -> str:
@@ -49,7 +49,7 @@ def _print(struct: type[ctypes.Structure], prefix: str = "", *values: str) -> st
 
 def _stub(kernel: str, struct: type[ctypes.Structure]) -> str:
     """A launch prints what it was given; of the workspace a smaller batch may need more."""
-    layers = _print(kernels.MambaLayer, "%d.", "i") if kernel == "model" else ""
+    layers = _print(structs.MambaLayer, "%d.", "i") if kernel == "model" else ""
     each = f"for (int i = 0; i < c->layers; i++) {{ const MambaLayer* c = all + i; {layers} }}" if layers else ""
     return f"""
 size_t mamba_{kernel}_workspace(const {struct.__name__}* c) {{ return bytes(c->batch, c->length); }}
@@ -648,7 +648,7 @@ def _pointers(node: Node) -> list[tuple[str, Any]]:
 
 def _both_kinds(of_one: dict[str, str]) -> dict[str, str]:
     """What the struct of a model holds, with zeros for what its kind does not have."""
-    nothing = {f"{i}.{name}": "0" for i in range(int(of_one["layers"])) for name, _ in kernels.MambaLayer._fields_}
+    nothing = {f"{i}.{name}": "0" for i in range(int(of_one["layers"])) for name, _ in structs.MambaLayer._fields_}
     if "rank" in of_one:
         return nothing | {"heads": "0", "head_dim": "0", "groups": "1", "skip_per_channel": "0"} | of_one
     return nothing | {"rank": "0", "inner": str(int(of_one["heads"]) * int(of_one["head_dim"]))} | of_one

@@ -21,6 +21,7 @@ from mamba_deploy.errors import PluginError
 from mamba_deploy.exporters.functions import DOMAIN, OP_ATTRIBUTES, input_names, register_schemas
 from mamba_deploy.plugins import kernels as kernels_module
 from mamba_deploy.plugins import python_plugin
+from mamba_deploy.plugins.arguments import SIGNATURES
 from mamba_deploy.plugins.rules import (
     FLOATS,
     GIVEN_INPUTS,
@@ -32,6 +33,7 @@ from mamba_deploy.plugins.rules import (
     prepare_for_parser,
 )
 from mamba_deploy.plugins.rules_step import PARTS
+from mamba_deploy.plugins.structs import MambaLayer
 
 # --- the rules ------------------------------------------------------------------------------------------------------
 
@@ -54,7 +56,7 @@ def test_rules_name_what_the_schemas_name():
 
 def test_rules_follow_the_structs_of_the_kernels():
     for name, op in {**OPS, **PARTS}.items():
-        struct = kernels_module._OPS[op.kernel].struct
+        struct = SIGNATURES[op.kernel].struct
         names = [field[0] for field in struct._fields_]
         tensors = [tensor.name for tensor in (*op.inputs, *op.outputs)]
         assert hasattr(kernels_module.Kernels, op.kernel)
@@ -66,7 +68,7 @@ def test_rules_follow_the_structs_of_the_kernels():
         assert names[-len(tensors) - 1 :] == [*tensors, "each"]
         assert set(op.sizes.values()) <= set(names)
         of_layer = [tensor.name for tensor in (*op.layer_inputs, *op.layer_outputs)]
-        fields = [field[0] for field in kernels_module.MambaLayer._fields_]
+        fields = [field[0] for field in MambaLayer._fields_]
         assert [field for field in fields if field in of_layer] == of_layer
 
 
@@ -461,7 +463,7 @@ class Library:
                 return 512
             self.launched.append((name, call._obj, *rest))
             if name == "mamba_model":  # whose layers are there as long as it runs
-                each = (kernels_module.MambaLayer * call._obj.layers).from_address(call._obj.each)
+                each = (MambaLayer * call._obj.layers).from_address(call._obj.each)
                 self.layers = list(type(each).from_buffer_copy(each))
             return 0
 

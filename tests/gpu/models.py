@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mamba_deploy import ops
-from mamba_deploy.plugins.kernels import MambaLayer, MambaModel
+from mamba_deploy.plugins.structs import MambaLayer, MambaModel
 
 F32 = torch.float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # by their numbers in mamba_kernels.h
