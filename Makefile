@@ -42,7 +42,7 @@ $(DEMOS:%=demo-%): demo-%: venv
 	@echo
 
 test: venv
-	$(BIN)/python -m pytest -q -rfEs
+	$(BIN)/python -m pytest -q -rfEs -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """No workers beside a GPU, whose memory some tests look at; one for each core elsewhere."""
+    import torch
+
+    return 0 if torch.cuda.is_available() else None
+
+
 def _kinds() -> dict[str, Callable[[Path], tuple[Path, Any]]]:
     """Checkpoints by name: what writes one, and gives its directory and the transformers model that it holds."""
     import checkpoints as c
