@@ -19,6 +19,7 @@ from mamba_deploy.plugins.rules import FLOATS, MAX_LAYERS, ONLY_DTYPE, ONLY_STAT
 __all__ = ["covers", "model_graph"]
 
 _MOST_SHARED = 96_000  # bytes for a row, of every GPU from compute capability 8.0 on; 7.5 has two thirds of that
+_WIDEST = 1 << 15  # of d and D: what the threads of a prompt's norm hold of a row
 
 # Inputs of a layer, by the names of their weights after ``layers.{i}.``; states have names of their own.
 _WEIGHTS = {
@@ -46,7 +47,7 @@ def covers(config: MambaConfig, contract: Contract) -> bool:
     widths = [c.d_model, c.d_inner]
     # What a block keeps of a row in shared memory: the norm's weights in float32, the row, its norm.
     in_shared = [(8 if item == 4 else 10) * c.d_model, (item + (4 if c.generation == "mamba2" else 0)) * c.d_inner]
-    if max(in_shared) > _MOST_SHARED or c.n_layer > MAX_LAYERS:
+    if max(in_shared) > _MOST_SHARED or max(widths) > _WIDEST or c.n_layer > MAX_LAYERS:
         return False
     if contract.all_logits and not c.tie_embeddings:  # model.onnx then holds the head as [d, V]
         return False

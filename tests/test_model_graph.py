@@ -160,8 +160,8 @@ def test_all_logits_of_a_head_of_its_own_are_not_covered(bundle):
         assert covers(config, Contract.of(config, all_logits=all_logits)) != all_logits
 
 
-def test_odd_sizes_are_not_covered():
-    for changes in ({"d_model": 769}, {"d_inner": 1537}, {"dt_rank": 47}):
+def test_odd_and_huge_sizes_are_not_covered():
+    for changes in ({"d_model": 769}, {"d_inner": 1537}, {"dt_rank": 47}, {"d_inner": 40960}):
         values = {"generation": "mamba", "vocab_size": 61, "d_model": 768, "n_layer": 1, "d_inner": 1536, "d_state": 16}
         config = MambaConfig(**{**values, "dt_rank": 48, **changes})
         assert not covers(config, Contract.of(config, dtype="float16"))
