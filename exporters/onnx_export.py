@@ -3,11 +3,13 @@
 Inputs and outputs are the table of :mod:`mamba_deploy.contract`. The custom ops stand in the graph as nodes of
 domain ``mamba_deploy``, each with a function body, so that stock ONNX Runtime runs the file and TensorRT finds its
 plugins by the same names. The residual stream after layer i is named ``hidden.{i}``, for who wants to look at it.
+
+PyTorch's exporter takes seconds for a layer, and all layers are alike: it is given the first one, which is repeated.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable
@@ -23,10 +25,10 @@ from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from mamba_deploy import ops
-from mamba_deploy.config import MambaConfig
 from mamba_deploy.contract import Contract
 from mamba_deploy.errors import ExportError
 from mamba_deploy.exporters.functions import DOMAIN, PLUGIN, VERSION, function_bodies, register_schemas
+from mamba_deploy.exporters.layer_graph import TRANSPOSED, repeat_layer, transposed
 from mamba_deploy.model import MambaModel, ModelState
 
 __all__ = ["OPSETS", "WEIGHTS_NAME", "export_onnx"]
@@ -66,23 +68,38 @@ def export_onnx(model: MambaModel, contract: Contract, path: Path, *, opset: int
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not covered", hint=f"choose one from {OPSETS[0]} to {OPSETS[-1]}")
-    register_schemas()
-    program = _capture(model, contract, opset)
-    for value in list(program.model.graph.initializers.values()):
-        value.name = str(value.name).removeprefix("model.")
-    _store_transposed(program.model.graph)
-    _optimize(program.model)
-    _keep_leading_axes(program.model.graph)
-    common.RemoveUnusedNodesPass()(program.model)
-    common.ClearMetadataAndDocStringPass()(program.model)  # the exporter's stack traces
-    _name_layers(program.model.graph, model.config)
+    made = _traced(*_first_layer(model, contract), opset)
+    repeat_layer(made.graph, model)
     for body in function_bodies(model.config, contract, opset):
         function = onnx_ir.serde.deserialize_function(body)
-        program.model.functions[function.identifier()] = function
-    program.model.opset_imports[DOMAIN] = VERSION
-    _check_contract(program.model.graph, contract)
-    onnx_ir.save(program.model, path, external_data=WEIGHTS_NAME, size_threshold_bytes=1024)
+        made.functions[function.identifier()] = function
+    made.opset_imports[DOMAIN] = VERSION
+    _check_contract(made.graph, contract)
+    onnx_ir.save(made, path, external_data=WEIGHTS_NAME, size_threshold_bytes=1024)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def _first_layer(model: MambaModel, contract: Contract) -> tuple[MambaModel, Contract]:
+    """The model without its other layers."""
+    config = dataclasses.replace(model.config, n_layer=1)
+    others = tuple(f"layers.{i}." for i in range(1, model.config.n_layer))
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(others)}
+    one = Contract.of(config, dtype=contract.dtype, state_dtype=contract.state_dtype, all_logits=contract.all_logits)
+    return MambaModel.from_weights(config, weights), one
+
+
+def _traced(model: MambaModel, contract: Contract, opset: int) -> onnx_ir.Model:
+    """As PyTorch's exporter makes it, simplified."""
+    register_schemas()
+    made = _capture(model, contract, opset).model
+    for value in list(made.graph.initializers.values()):
+        value.name = str(value.name).removeprefix("model.")
+    _store_transposed(made.graph)
+    _optimize(made)
+    _keep_leading_axes(made.graph)
+    common.RemoveUnusedNodesPass()(made)
+    common.ClearMetadataAndDocStringPass()(made)  # the exporter's stack traces
+    return made
 
 
 def _capture(model: MambaModel, contract: Contract, opset: int) -> torch.onnx.ONNXProgram:
@@ -156,19 +173,13 @@ def _store_transposed(graph: onnx_ir.Graph) -> None:
             continue
         tensor = weight.const_value
         assert tensor is not None
-        shape = onnx_ir.Shape(tuple(reversed(tensor.shape.numpy())))
-        stored = onnx_ir.Value(name=f"{weight.name}_t", shape=shape, type=onnx_ir.TensorType(tensor.dtype))
-        stored.const_value = onnx_ir.LazyTensor(
-            functools.partial(_transposed, tensor), dtype=tensor.dtype, shape=shape, name=stored.name
-        )
+        name = f"{weight.name}{TRANSPOSED}"
+        turned = transposed(tensor, name)
+        stored = onnx_ir.Value(name=name, shape=turned.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=turned)
         graph.register_initializer(stored)
         node.outputs[0].replace_all_uses_with(stored)
         graph.remove(node, safe=True)
         graph.initializers.pop(str(weight.name))
-
-
-def _transposed(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
-    return onnx_ir.tensor(tensor.raw.detach().t().contiguous())
 
 
 def _optimize(model: onnx_ir.Model) -> None:
@@ -208,25 +219,6 @@ def _keep_leading_axes(graph: onnx_ir.Graph) -> None:
         graph.register_initializer(shape)
         node.replace_input_with(1, shape)
         node.attributes.pop("allowzero", None)
-
-
-def _name_layers(graph: onnx_ir.Graph, config: MambaConfig) -> None:
-    """Name [batch, seq, d_model] after each layer: the first sum of two computed tensors that its scan's y leads to."""
-    names = {f"ssm_state_out.{i}": f"hidden.{i}" for i in range(config.n_layer)}
-    behind: set[onnx_ir.Value | None] = set()  # what the last scan leads to
-    name, count = "", 0
-    for node in graph:
-        result = node.outputs[0]
-        if node.outputs[-1].name in names:
-            name, behind = names[str(node.outputs[-1].name)], {result}
-        elif behind.intersection(node.inputs):
-            is_sum = node.op_type == "Add" and all(v is not None and v.const_value is None for v in node.inputs)
-            if is_sum and result.shape is not None and result.shape[-1] == config.d_model:
-                result.name, behind, count = name, set(), count + 1
-            else:
-                behind.update(node.outputs)
-    if count != config.n_layer:
-        raise ExportError(f"the graph has the sums of {count} layers where the model has {config.n_layer} layers")
 
 
 def _check_contract(graph: onnx_ir.Graph, contract: Contract) -> None:
