@@ -44,6 +44,9 @@ def lower_for_cpu(portable: Path, lowered: Path, config: MambaConfig, contract: 
         body = parse_function(*_ssd_scan_body(config, contract), opset=opset, domains=f', "{_CONTRIB}" : 1')
         function = onnx_ir.serde.deserialize_function(body)
         model.functions[function.identifier()] = function
+    for function in model.functions.values():  # or inlining counts through all nodes without a name for each of them
+        for node in function.all_nodes():
+            node.name = node.name or f"node_{node.outputs[0].name}"
     common.InlinePass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     if contract.dtype != "float32":
