@@ -80,12 +80,14 @@ def export_onnx(model: MambaModel, contract: Contract, path: Path, *, opset: int
 
 
 def _first_layer(model: MambaModel, contract: Contract) -> tuple[MambaModel, Contract]:
-    """The model without its other layers."""
+    """The model without its other layers, over the same modules."""
     config = dataclasses.replace(model.config, n_layer=1)
-    others = tuple(f"layers.{i}." for i in range(1, model.config.n_layer))
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(others)}
-    one = Contract.of(config, dtype=contract.dtype, state_dtype=contract.state_dtype, all_logits=contract.all_logits)
-    return MambaModel.from_weights(config, weights), one
+    with torch.device("meta"):
+        one = MambaModel(config)
+    for name, module in model.named_children():
+        setattr(one, name, nn.ModuleList([model.layers[0]]) if name == "layers" else module)
+    c = contract
+    return one.eval(), Contract.of(config, dtype=c.dtype, state_dtype=c.state_dtype, all_logits=c.all_logits)
 
 
 def _traced(model: MambaModel, contract: Contract, opset: int) -> onnx_ir.Model:

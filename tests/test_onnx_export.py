@@ -274,6 +274,16 @@ def test_a_layer_repeated_is_what_the_exporter_makes_of_the_whole_model(bundle, 
     assert canonical(onnx_ir.load(made.path / PORTABLE).graph) == canonical(whole)
 
 
+def test_a_model_made_in_inference_mode(bundle, tmp_path):
+    """Its parameters cannot be made others, which require gradients."""
+    made = bundle("mamba2")
+    with torch.inference_mode():
+        weights = {name: tensor.clone() for name, tensor in made.reference.state_dict().items()}
+        model = MambaModel.from_weights(made.bundle.config, weights)
+    export_onnx(model, made.bundle.contract, tmp_path / PORTABLE)
+    assert (tmp_path / WEIGHTS).read_bytes() == (made.path / WEIGHTS).read_bytes()
+
+
 def test_a_graph_without_a_layer_is_refused(bundle):
     made = bundle("mamba")
     graph = onnx_ir.load(made.path / PORTABLE).graph
