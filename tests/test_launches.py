@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import quick_nvcc
+import quick_compile
 import recurrence
 import torch
 
@@ -162,8 +162,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("launchers")
     (folder / "runtime.cpp").write_text(RUNTIME, encoding="utf-8")
-    nvcc, architecture = str(compiler.path), ["-gencode=arch=compute_90,code=compute_90", *quick_nvcc.flags(compiler)]
-    common = [nvcc, "-std=c++17", *architecture, "-Xcompiler=-fPIC", f"-I{SOURCES}", "-c"]
+    nvcc, quick = str(compiler.path), quick_compile.flag(compiler.version, "-Xcicc=-O0")
+    architecture = "-gencode=arch=compute_90,code=compute_90"
+    common = [nvcc, "-std=c++17", architecture, quick, "-Xcompiler=-fPIC", f"-I{SOURCES}", "-c"]
     processes = [
         subprocess.Popen([*common, str(path), "-o", str(folder / f"{path.name}.o")])
         for path in (*(SOURCES / file for file in KERNEL_SOURCES), folder / "runtime.cpp")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quick_nvcc
+import quick_compile
 from click.testing import CliRunner
 
 from mamba_deploy import cli
@@ -921,7 +921,7 @@ def real_build(
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path_factory.mktemp("real")))
-        patch.setenv("NVCC_APPEND_FLAGS", " ".join(quick_nvcc.flags(real_toolchain)))
+        patch.setenv("NVCC_APPEND_FLAGS", quick_compile.flag(real_toolchain.version, "-Xcicc=-O0"))
         newest = max((a for a in real_toolchain.architectures if int(a) <= 90), key=int)
         return build.build(name, architectures=[newest], say=told.append), told
 
@@ -1046,7 +1046,7 @@ class Nvrtc:
             pytest.skip(f"no headers of CUDA in {self.include}: pip install nvidia-cuda-runtime")
         major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
         self.call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        self.version = (major.value, minor.value)
+        self.version = f"{major.value}.{minor.value}"
         self.call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
         numbers = (ctypes.c_int * count.value)()
         self.call("nvrtcGetSupportedArchs", numbers)
@@ -1076,7 +1076,7 @@ class Nvrtc:
         self.call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), file, len(names), contents, names)
         options = strings(
             f"-arch=compute_{architecture}",
-            *("-std=c++17", "-default-device", "-rdc=true", "-Ofc=max" if self.version >= (12, 9) else "-G"),
+            *("-std=c++17", "-default-device", "-rdc=true", quick_compile.flag(self.version, older="-G")),
             *(f"-I{self.include}", f"-I{source.parent}"),
         )
         code = self.library.nvrtcCompileProgram(program, len(options), options)
