@@ -62,7 +62,8 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         graph = parser_graph(onnx_path, newest_opset=newest, bind_weights=found.binds_weights, mark=asked["mark"])
     os.chdir(onnx_path.parent)  # where 8.x looks for the weights, whatever path it is given
     start = time.perf_counter()
-    (folder / "engine").write_bytes(_plan(found, builder, log, graph, asked))
+    plan, layers = _plan(found, builder, log, graph, {**asked, "fused": fused})
+    (folder / "engine").write_bytes(plan)
     seconds = time.perf_counter() - start
     return {
         "product": found.product,
@@ -71,13 +72,14 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "plugin_sources": found.plugin_sources,
         "weights": graph.weights,
         "fused": fused,
+        "layers": layers,
         "build_seconds": round(seconds, 1),
         "architecture": None if found.is_rtx else next(iter(gpu_architectures()), None),
     }
 
 
-def _plan(found: TensorRT, builder: Any, log: Any, graph: ParserGraph, asked: Mapping[str, Any]) -> Any:
-    """The serialized engine of a graph."""
+def _plan(found: TensorRT, builder: Any, log: Any, graph: ParserGraph, asked: Mapping[str, Any]) -> tuple[Any, int]:
+    """The serialized engine of a graph, and how many layers the parser made of it."""
     trt = found.module
     network = builder.create_network(found.network_flags())
     parser = trt.OnnxParser(network, log)
@@ -111,7 +113,7 @@ def _plan(found: TensorRT, builder: Any, log: Any, graph: ParserGraph, asked: Ma
         )
     if cache is not None:
         _keep(cache, bytes(config.get_timing_cache().serialize()))
-    return plan
+    return plan, network.num_layers
 
 
 def _errors(log: Any) -> str:
@@ -140,8 +142,9 @@ def _configure(found: TensorRT, config: Any, asked: Mapping[str, Any]) -> None:
     if asked["optimization_level"] is not None:
         config.builder_optimization_level = asked["optimization_level"]
     if not found.is_strongly_typed:
-        sources = (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT)
-        config.set_tactic_sources(sum(1 << int(source) for source in sources))  # not cuDNN, which nothing here needs
+        # Not cuDNN, which nothing here needs; a handle of each takes memory in every context.
+        sources = () if asked["fused"] else (trt.TacticSource.CUBLAS, trt.TacticSource.CUBLAS_LT)
+        config.set_tactic_sources(sum(1 << int(source) for source in sources))
     if asked["compute_capabilities"]:
         config.num_compute_capabilities = len(asked["compute_capabilities"])
         for i, name in enumerate(asked["compute_capabilities"]):

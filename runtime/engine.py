@@ -22,7 +22,7 @@ from mamba_deploy.errors import EngineError, InputError, MissingDependencyError,
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
 from mamba_deploy.runtime.ahead import BLOCK, LOG_STEPS, Ahead
 from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View, aligned
-from mamba_deploy.runtime.gpu_state import GpuState, state_bytes
+from mamba_deploy.runtime.gpu_state import GpuState, row_bytes, state_bytes
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
 
@@ -110,8 +110,9 @@ class TensorRTBackend:
             trt.find_products()
         path = engine.path if engine else bundle.file(ENGINES[backend])
         self._engine: Any = load_engine(trt, log, path)
-        if facts.get("fused") and self._engine.num_layers > 2:  # one for each profile; the others convert what it takes
-            self._say(f"slower than it should be: {trt.label} made {self._engine.num_layers} layers of one operator")
+        layers = self._engine.num_layers
+        if facts.get("fused") and layers > 2 * facts["layers"]:  # for each profile; more would convert what it takes
+            self._say(f"slower than it should be: {trt.label} made {layers} layers of one operator")
         marked = engine.marked if engine else ()
         left_out = ("next_token",) if facts.get("fused") else ()
         self._bound_specs = [spec for spec in self._contract.tensors if spec.name not in left_out]
@@ -129,10 +130,11 @@ class TensorRTBackend:
         self._weights = self._upload_weights(bundle, facts["weights"], allocate)
         scratch = trt.memory_bytes(self._engine)
         memory = allocate(scratch, "the engine's scratch memory")
-        state = state_bytes(contract, self.max_batch)
+        self._row_bytes = row_bytes(contract)
+        state = state_bytes(self._row_bytes, self.max_batch)
         self._state_memory = allocate(state, f"the state of {self.max_batch} rows")
         self._spare_memory = allocate(state, "the copy of the state")
-        staged = state_bytes(contract, self._prefill_batch)
+        staged = state_bytes(self._row_bytes, self._prefill_batch)
         self._staged = allocate(staged, "the state of a prompt call")
         positions = self._prefill_batch * self.max_chunk if contract.all_logits else 1
         self._logits = allocate(4 * V * max(positions, self.max_batch), "logits")
@@ -213,7 +215,7 @@ class TensorRTBackend:
         if self._state is not None:
             self._state.is_lost = True
         self._state = GpuState(
-            self.device, self._contract, batch, self._state_memory.address, self._spare_memory.address
+            self.device, self._contract, self._row_bytes, batch, self._state_memory.address, self._spare_memory.address
         )
         return self._state
 
@@ -464,14 +466,14 @@ class TensorRTBackend:
             self._enqueue(PROMPT)
             for own, staged, nbytes in copies:
                 self.device.copy(own, staged, nbytes)
-            found = np.empty((count, width, V) if self._contract.all_logits else (count, V), np.float32)
-            self.device.download(found, self._logits.address)
-            self.device.synchronize()
-            self._read_marked(count, width)
             if self._contract.all_logits:
+                found = np.empty((count, width, V), np.float32)
+                self.device.download(found, self._logits.address)
+                self.device.synchronize()
                 logits[rows, :width] = found
             else:
-                logits[rows] = found
+                logits[rows] = self._read_logits(count)
+            self._read_marked(count, width)
         return logits
 
     def _read_marked(self, rows: int, width: int) -> None:
@@ -489,27 +491,31 @@ class TensorRTBackend:
         Returns:
             Addresses by name; and copies as own address, other address, bytes.
         """
-        own = {name: address + start * state.row_bytes(name) for name, address in state.addresses.items()}
+        own = {name: address + start * self._row_bytes[name] for name, address in state.addresses.items()}
         if all(address % ALIGNMENT == 0 for address in own.values()):
             return own, []
         staged, address = {}, self._staged.address
         for name in own:
             staged[name] = address
-            address += aligned(state.row_bytes(name) * count)
-        return staged, [(own[name], staged[name], count * state.row_bytes(name)) for name in own]
+            address += aligned(self._row_bytes[name] * count)
+        return staged, [(own[name], staged[name], count * self._row_bytes[name]) for name in own]
 
     # --- TensorRT -------------------------------------------------------------------------------------------------
 
     def _bind(self, profile: int, batch: int, seq: int, states: Mapping[str, int]) -> None:
         """Give a context its shapes and addresses; a state goes out where it came in."""
-        key = (batch, seq, *states.values())
-        if self._bound.get(profile) == key:
+        key = (seq, batch, *states.values())
+        before = self._bound.get(profile, ())
+        if before == key:
             return
         context = self._contexts[profile]
+        specs = self._bound_specs
+        if before[1:] == key[1:]:  # but for the number of tokens
+            specs = [spec for spec in specs if spec.role == "tokens"]
         memories = {"tokens": self._ids, "lengths": self._lens, "logits": self._logits, "next_token": self._next}
         by_role = {role: memory.address for role, memory in memories.items()}
         accepted = True
-        for spec in self._bound_specs:
+        for spec in specs:
             if spec.direction == "in":
                 accepted &= context.set_input_shape(spec.name, spec.shape(batch, seq))
                 address = states[spec.name] if spec.role == "state" else by_role[spec.role]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,17 @@ from mamba_deploy.errors import EngineError
 from mamba_deploy.runtime.device import Device, aligned
 from mamba_deploy.runtime.state import Snapshot, check_fits
 
-__all__ = ["GpuState", "state_bytes"]
+__all__ = ["GpuState", "row_bytes", "state_bytes"]
 
 
-def _sizes(contract: Contract, batch: int) -> dict[str, int]:
-    return {spec.name: math.prod(spec.shape(batch)) * numpy_dtype(spec.dtype).itemsize for spec in contract.states}
+def row_bytes(contract: Contract) -> dict[str, int]:
+    """Of one row of each tensor of a state, by name; rows lie one after another."""
+    return {spec.name: math.prod(spec.shape(1)) * numpy_dtype(spec.dtype).itemsize for spec in contract.states}
 
 
-def state_bytes(contract: Contract, batch: int) -> int:
+def state_bytes(row_bytes: Mapping[str, int], batch: int) -> int:
     """Room that a batch's state takes, each tensor of it aligned."""
-    return sum(aligned(size) for size in _sizes(contract, batch).values())
+    return sum(aligned(size * batch) for size in row_bytes.values())
 
 
 class GpuState:
@@ -32,32 +33,31 @@ class GpuState:
     beside it, and the backend the single tokens that were read since.
     """
 
-    def __init__(self, device: Device, contract: Contract, batch: int, address: int, spare: int) -> None:
+    def __init__(
+        self, device: Device, contract: Contract, row_bytes: Mapping[str, int], batch: int, address: int, spare: int
+    ) -> None:
         """Zeros.
 
         Args:
             device: Whose memory it is.
             contract: Names, dtypes and shapes.
+            row_bytes: Of the contract, see :func:`row_bytes`.
             batch: Rows.
             address: Of :func:`state_bytes` bytes.
             spare: Of as many, for the copy.
         """
         self._device, self._contract, self.batch = device, contract, batch
-        self._address, self._spare, self._nbytes = address, spare, state_bytes(contract, batch)
-        self._sizes = _sizes(contract, batch)
+        self._address, self._spare, self._nbytes = address, spare, state_bytes(row_bytes, batch)
+        self.row_bytes = row_bytes
         self.addresses: dict[str, int] = {}
-        for name, size in self._sizes.items():
+        for name, size in row_bytes.items():
             self.addresses[name] = address
-            address += aligned(size)
+            address += aligned(size * batch)
         self.since: list[tuple[NDArray[np.int32], NDArray[np.int32]]] | None = None  # the copy; None: there is none
         self.is_lost = False
         self.behind: Callable[[], None] | None = None  # takes back what runs ahead of the host
         with device:
             device.clear(self._address, self._nbytes)
-
-    def row_bytes(self, name: str) -> int:
-        """Of one row of a tensor; rows lie one after another."""
-        return self._sizes[name] // self.batch
 
     def check(self) -> None:
         """Make the state what the caller takes it for.
@@ -84,7 +84,7 @@ class GpuState:
         self.check()
         with self._device as device:
             for name, address in self.addresses.items():
-                size = self.row_bytes(name)
+                size = self.row_bytes[name]
                 for row in rows:
                     device.clear(address + row * size, size)
         self.since = None

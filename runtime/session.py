@@ -179,29 +179,23 @@ class Session:
         before = self._state
         state = self._state_for(len(rows))
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
-        longest = int(lengths.max())
-        V = self.config.vocab_size
-        result = np.zeros((len(rows), longest, V) if all_positions else (len(rows), V), np.float32)
-        saved = state.snapshot() if before is not None and longest > self.max_chunk else None
+        saved = state.snapshot() if before is not None and int(lengths.max()) > self.max_chunk else None
         try:
-            self._read(rows, lengths, state, result, all_positions)
+            return self._read(rows, lengths, state, all_positions)
         except BaseException:
             if saved is not None:
                 state.restore(saved)
             self._state = before
             raise
-        return result
 
     def _read(
-        self,
-        rows: Sequence[NDArray[np.int64]],
-        lengths: NDArray[np.int32],
-        state: BatchState,
-        result: NDArray[np.float32],
-        all_positions: bool,
-    ) -> None:
-        """Run the chunks of checked rows and put their logits into ``result``."""
-        longest = int(lengths.max())
+        self, rows: Sequence[NDArray[np.int64]], lengths: NDArray[np.int32], state: BatchState, all_positions: bool
+    ) -> NDArray[np.float32]:
+        """Run the chunks of checked rows; their logits."""
+        longest, V = int(lengths.max()), self.config.vocab_size
+        if (lengths == longest).all() and longest <= self.max_chunk and all_positions == self.contract.all_logits:
+            return self.backend.run(np.array(rows, np.int32), lengths, state)
+        result = np.zeros((len(rows), longest, V) if all_positions else (len(rows), V), np.float32)
         for start in range(0, longest, self.max_chunk):
             width = min(self.max_chunk, longest - start)
             seq_lens = np.clip(lengths - start, 0, width)
@@ -217,6 +211,7 @@ class Session:
                 result[used] = logits[used, seq_lens[used] - 1]
             else:
                 result[used] = logits[used]
+        return result
 
     def step(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Read one token a row.
@@ -402,6 +397,9 @@ def _token_rows(ids: Any, vocab_size: int) -> list[NDArray[np.int64]]:
         raise InputError(f"token ids are {type(ids).__name__}: expected integers [B, L], or a list of rows")
     if len(ids) == 0:
         raise InputError("no rows were given: expected integers [B, L], or a list of rows")
+    if isinstance(ids, np.ndarray) and ids.ndim == 2 and ids.dtype.kind in "iu" and ids.size:  # the usual, at once
+        if ids.min() >= 0 and ids.max() < vocab_size:
+            return list(ids.astype(np.int64))
     rows = []
     for b, row in enumerate(ids):
         try:

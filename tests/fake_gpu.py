@@ -404,6 +404,7 @@ def give_engine(
         "prefill_batch": prefill_batch,
         "weights": bound_weights(bundle) if fused else {},
         "fused": fused,
+        "layers": 1,
         "build_seconds": 1.5,
         **other,
     }
@@ -425,6 +426,7 @@ def build_marked(bundle: Bundle, request: dict[str, Any], folder: Path, say: Cal
         "architecture": FakeDevice.architecture,
         "weights": {},
         "fused": False,
+        "layers": 1,
         "build_seconds": 0.0,
     }
 

@@ -30,7 +30,7 @@ from mamba_deploy.runtime import device as device_module
 from mamba_deploy.runtime.bench import Machine, Plan, bench
 from mamba_deploy.runtime.bench_report import Figure, Report, Row, check_plot, engine_facts, plot
 from mamba_deploy.runtime.device import Device
-from mamba_deploy.runtime.gpu_state import state_bytes
+from mamba_deploy.runtime.gpu_state import row_bytes, state_bytes
 from mamba_deploy.runtime.session import Session
 from mamba_deploy.runtime.state import State
 
@@ -327,7 +327,7 @@ def test_three_figures_of_a_step(on_gpu: OnGpu, path: Path) -> None:
     report = on_gpu(Plan(batches=(1, 3), prompts=(5,)))
     contract = Bundle.open(path).contract
     for row, batch in zip(report.decode, (1, 3), strict=True):
-        copied = 2 * state_bytes(contract, batch) / fake_gpu.FakeDevice.bandwidth  # the state, at times
+        copied = 2 * state_bytes(row_bytes(contract), batch) / fake_gpu.FakeDevice.bandwidth  # the state, at times
         assert list(row.figures) == ["device", "generate", "step"]
         assert row.kernels == 2, "the engine and the choice of tokens"
         device, generate, step = row.figures.values()

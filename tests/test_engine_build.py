@@ -85,6 +85,7 @@ def test_an_engine_lands_in_the_bundle_and_nothing_else_changes(out: Path) -> No
     assert bundle.manifest["files"][ENGINE] == {"bytes": (out / ENGINE).stat().st_size, "sha256": after[ENGINE]}
     facts = dict(bundle.engine(RTX))
     assert facts.pop("build_seconds") > 0
+    assert facts.pop("layers") > 20
     v3 = next(p for p in PRODUCTS if p.name == "plugin" and p.interface == "v3")
     assert facts.pop("version").startswith("1.")
     assert facts.pop("platform").startswith("linux-")
