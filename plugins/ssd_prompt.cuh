@@ -98,6 +98,9 @@ struct IsHalf<__half> { static constexpr bool value = true; };
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
+// 1 / v of a power of two.
+__device__ __forceinline__ float inverse_power(float v) { return __int_as_float((254 << 23) - __float_as_int(v)); }
+
 // floor(log2 v) within limits.
 __device__ __forceinline__ int exponent_of(float v, int low, int high) {
     return min(max((__float_as_int(v) >> 23 & 0xff) - 127, low), high);
@@ -259,6 +262,19 @@ struct Channels {
         }
     }
 
+    // Of |h|, in all lanes. Four at a time, for one after the other is a long wait; positive floats have the order of their
+    // bits.
+    __device__ __forceinline__ float largest() const {
+        float most[4] = {};
+#pragma unroll
+        for (int j = 0; j < NT / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], fabsf(h[j][i]));
+        }
+        const float own = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+        return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(own)));
+    }
+
     __device__ __forceinline__ void load(const T* from, int stride) {
         const int lane = not_ahead(this->lane);
 #pragma unroll
@@ -303,13 +319,7 @@ struct Channels {
         const int lane = not_ahead(this->lane);
         float h_scale = 1.0f;
         if (kScaled) {
-            float largest = 0.0f;
-            each([&](float& v, int, int) { largest = fmaxf(largest, fabsf(v)); });
-#pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2) {
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-            }
-            const int exponent = exponent_of(largest, -60, 120) - 14;
+            const int exponent = exponent_of(largest(), -60, 120) - 14;
             h_scale = power_of_two(-exponent);
             h_unit *= power_of_two(exponent);
         }
@@ -338,7 +348,7 @@ struct Channels {
             for (int u = 0; u < 2; u++) {
                 const int t = i * 16 + lane / 4 + 8 * u;
                 unit[i][u] = kScaled ? scores.unit[t] : 1.0f;
-                const float from = steps.from_start[t] * (kScaled ? h_unit * __frcp_rn(unit[i][u]) : 1.0f);
+                const float from = steps.from_start[t] * (kScaled ? h_unit * inverse_power(unit[i][u]) : 1.0f);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     out[i][j][2 * u] *= from;
@@ -553,7 +563,7 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
             float carry = steps[stage].total;
             if (!OUTPUT) product *= carry;
             if (kScaled) {
-                carry *= unit / steps[stage].unit;
+                carry *= unit * inverse_power(steps[stage].unit);
                 unit = steps[stage].unit;
             }
             state.update(B_of(stage), steps[stage], carry);
