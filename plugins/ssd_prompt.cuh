@@ -15,8 +15,9 @@
 // a step that forgets everything leaves few digits of their running sum: the decay between two tokens after k such steps
 // of a chunk is off by k 2^-18 at most.
 //
-// H200, H 128, P 64, N 128, bf16, B 1: 71 us at L 2048, 500 us at L 16384. A chunk takes the channels' warps some 2900
-// cycles, in which shared memory moves 2400 times 128 bytes; the matrix units are busy a quarter of the time.
+// H200, H 128, P 64, N 128, B 1: bf16 71 us at L 2048, 500 us at L 16384; fp16 84 us at L 2048. A chunk is 7,100
+// instructions of warps, which is what it takes: shared memory and the matrix units are busy half and a quarter of the time.
+// samples/results/step.txt, 28 to 30, has what else was tried.
 #pragma once
 
 #include "ssd_common.cuh"
