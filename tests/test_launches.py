@@ -98,7 +98,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* functio
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) {  // one with other attributes is another
+    *device = (attributes[0] * 512 + attributes[1]) * 4096 + attributes[2] / 64;
+    return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* to, const void*) {
     *to = {};

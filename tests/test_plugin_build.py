@@ -1010,6 +1010,7 @@ NVRTC_HEADERS = {
         }""",
     "host.h": """
         #include <cuda_runtime.h>
+        #define thread_local  // which device code has not
         cudaError_t cudaGetDevice(int*);
         cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int);
         template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*);
