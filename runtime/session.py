@@ -397,9 +397,9 @@ def _token_rows(ids: Any, vocab_size: int) -> list[NDArray[np.int64]]:
         raise InputError(f"token ids are {type(ids).__name__}: expected integers [B, L], or a list of rows")
     if len(ids) == 0:
         raise InputError("no rows were given: expected integers [B, L], or a list of rows")
-    if isinstance(ids, np.ndarray) and ids.ndim == 2 and ids.dtype.kind in "iu" and ids.size:  # the usual, at once
-        if ids.min() >= 0 and ids.max() < vocab_size:
-            return list(ids.astype(np.int64))
+    usual = isinstance(ids, np.ndarray) and ids.ndim == 2 and ids.dtype.kind in "iu" and ids.size > 0
+    if usual and ids.min() >= 0 and ids.max() < vocab_size:
+        return list(ids.astype(np.int64))
     rows = []
     for b, row in enumerate(ids):
         try:

@@ -133,15 +133,13 @@ def test_stream_batch_gives_each_prompt_what_it_gets_alone(
         assert text == text_of(session, prompt, max_tokens=30, stop=["\n"]), prompt
 
 
-@CHECKPOINTS
 @pytest.mark.parametrize(
-    ("saver", "resumer"),
+    ("name", "saver", "resumer"),
     [
-        ("onnxruntime", "onnxruntime"),
-        ("onnxruntime", "torch"),
-        ("torch", "onnxruntime"),
-        pytest.param("tensorrt", "onnxruntime", marks=pytest.mark.gpu),
-        pytest.param("torch", "tensorrt", marks=pytest.mark.gpu),
+        ("tiny-mamba", "onnxruntime", "torch"),
+        ("tiny-mamba2", "torch", "onnxruntime"),
+        pytest.param("tiny-mamba", "tensorrt", "onnxruntime", marks=pytest.mark.gpu),
+        pytest.param("tiny-mamba2", "torch", "tensorrt", marks=pytest.mark.gpu),
     ],
 )
 def test_resumed_text_is_that_without_a_break(
