@@ -266,6 +266,11 @@ def test_layers_beside_the_one_operator_are_said(path: Path, monkeypatch: pytest
         with Session(fake_gpu.open_backend(given, fake_gpu.FakeDevice(), say=said.append), given.config):
             pass
         assert [line for line in said if "290 layers of one operator" in line] == said[: int(fused)]
+    said = []
+    of_constants = fake_gpu.give_engine(path, fused=True, layers=145)  # two profiles of an operator and 144 of its weights
+    with Session(fake_gpu.open_backend(of_constants, fake_gpu.FakeDevice(), say=said.append), given.config):
+        pass
+    assert said == []
 
 
 def test_more_rows_than_the_engine_takes(opened: Open) -> None:
