@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,6 +27,15 @@ def pytest_xdist_auto_num_workers() -> int | None:
     import torch
 
     return 0 if torch.cuda.is_available() else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _list_of_operators_is_made_once() -> None:
+    """PyTorch's exporter makes its list of what operators become anew for every export, a fifth of the time of ours."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch.onnx._internal._lazy_import import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
 
 
 def _kinds() -> dict[str, Callable[[Path], tuple[Path, Any]]]:

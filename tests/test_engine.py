@@ -267,7 +267,8 @@ def test_layers_beside_the_one_operator_are_said(path: Path, monkeypatch: pytest
             pass
         assert [line for line in said if "290 layers of one operator" in line] == said[: int(fused)]
     said = []
-    of_constants = fake_gpu.give_engine(path, fused=True, layers=145)  # two profiles of an operator and 144 of its weights
+    # An operator and 144 of its weights, in two profiles.
+    of_constants = fake_gpu.give_engine(path, fused=True, layers=145)
     with Session(fake_gpu.open_backend(of_constants, fake_gpu.FakeDevice(), say=said.append), given.config):
         pass
     assert said == []
