@@ -139,6 +139,8 @@ def test_stream_batch_gives_each_prompt_what_it_gets_alone(
         ("tiny-mamba", "onnxruntime", "torch"),
         ("tiny-mamba2", "torch", "onnxruntime"),
         pytest.param("tiny-mamba", "tensorrt", "onnxruntime", marks=pytest.mark.gpu),
+        pytest.param("tiny-mamba", "torch", "tensorrt", marks=pytest.mark.gpu),
+        pytest.param("tiny-mamba2", "tensorrt", "onnxruntime", marks=pytest.mark.gpu),
         pytest.param("tiny-mamba2", "torch", "tensorrt", marks=pytest.mark.gpu),
     ],
 )
