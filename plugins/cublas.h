@@ -25,6 +25,7 @@ struct Product {
     bool by_outputs;
     void* y;         // [rows, outputs] T, or float where `wide`; dense
     bool wide, add;
+    int64_t parts = 1;  // of as many inputs: y is [parts, rows, outputs], a sum of each
 };
 
 // The functions of a cuBLAS from 11.4 to 13.
@@ -34,8 +35,8 @@ struct Library {
     int (*set_stream)(Handle, cudaStream_t) = nullptr;
     int (*set_workspace)(Handle, void*, size_t) = nullptr;
     int (*set_math)(Handle, int) = nullptr;
-    int (*gemm)(Handle, int, int, int, int, int, const void*, const void*, cudaDataType, int, const void*, cudaDataType,
-                int, const void*, void*, cudaDataType, int, int, int) = nullptr;
+    int (*gemm)(Handle, int, int, int, int, int, const void*, const void*, cudaDataType, int, long long, const void*,
+                cudaDataType, int, long long, const void*, void*, cudaDataType, int, long long, int, int, int) = nullptr;
     bool found = false;
     std::mutex mutex;                           // of the handles, and of work with one
     std::map<unsigned long long, Handle> handles;  // by CUDA context; they live as long as the process
@@ -52,7 +53,7 @@ struct Library {
                 };
                 found = get(create, "cublasCreate_v2") && get(set_stream, "cublasSetStream_v2") &&
                         get(set_workspace, "cublasSetWorkspace_v2") && get(set_math, "cublasSetMathMode") &&
-                        get(gemm, "cublasGemmEx");
+                        get(gemm, "cublasGemmStridedBatchedEx");
                 if (found) return;
             }
         }
@@ -105,11 +106,13 @@ class Products {
         constexpr int kComputeFloat32 = 68, kDefault = -1;
         const float one = 1.0f, zero = 0.0f;
         const auto size = [](int64_t n) { return static_cast<int>(n); };
+        const int64_t inputs = p.inputs / p.parts;
         // As cuBLAS sees it, columns first, y^T = W^T x^T.
-        return as_cuda(library_.gemm(handle_, p.by_outputs, 0, size(p.outputs), size(p.rows), size(p.inputs), &one, p.w,
-                                     type_, size(p.by_outputs ? p.inputs : p.outputs), p.x, type_, size(p.x_row),
+        return as_cuda(library_.gemm(handle_, p.by_outputs, 0, size(p.outputs), size(p.rows), size(inputs), &one, p.w,
+                                     type_, size(p.by_outputs ? p.inputs : p.outputs),
+                                     p.by_outputs ? inputs : inputs * p.outputs, p.x, type_, size(p.x_row), inputs,
                                      p.add ? &one : &zero, p.y, p.wide ? CUDA_R_32F : type_, size(p.outputs),
-                                     kComputeFloat32, kDefault));
+                                     p.rows * p.outputs, size(p.parts), kComputeFloat32, kDefault));
     }
 
   private:

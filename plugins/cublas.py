@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from ctypes import c_float, c_int, c_size_t, c_void_p
+from ctypes import c_float, c_int, c_longlong, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ _ARGUMENTS = {
     "cublasSetStream_v2": (c_void_p, c_void_p),
     "cublasSetWorkspace_v2": (c_void_p, c_void_p, c_size_t),
     "cublasSetMathMode": (c_void_p, c_int),
-    "cublasGemmEx": (
-        c_void_p, *5 * (c_int,), c_void_p, *2 * (c_void_p, c_int, c_int), c_void_p, c_void_p, *4 * (c_int,)
+    "cublasGemmStridedBatchedEx": (
+        c_void_p, *5 * (c_int,), c_void_p, *2 * (c_void_p, c_int, c_int, c_longlong), c_void_p,
+        c_void_p, c_int, c_int, c_longlong, *3 * (c_int,)
     ),
 }  # fmt: skip
 
@@ -79,11 +80,12 @@ def run(gemm: Any, context: int, stream: int) -> None:
     _check(library.cublasSetStream_v2(handle, stream))  # which forgets the workspace
     _check(library.cublasSetWorkspace_v2(handle, gemm.workspace, WORKSPACE_BYTES))
     one, other = c_float(1.0), c_float(1.0 if gemm.add else 0.0)
-    w_row = gemm.inputs if gemm.by_outputs else gemm.outputs
-    status = library.cublasGemmEx(  # as cuBLAS sees it, columns first, y^T = W^T x^T
-        handle, int(gemm.by_outputs), 0, gemm.outputs, gemm.rows, gemm.inputs, ctypes.addressof(one), gemm.w, kind,
-        w_row, gemm.x, kind, gemm.x_row, ctypes.addressof(other), gemm.y, 0 if gemm.wide else kind, gemm.outputs,
-        _COMPUTE_FLOAT32, _DEFAULT,
+    inputs = gemm.inputs // gemm.parts
+    w_row, w_part = (gemm.inputs, inputs) if gemm.by_outputs else (gemm.outputs, inputs * gemm.outputs)
+    status = library.cublasGemmStridedBatchedEx(  # as cuBLAS sees it, columns first, y^T = W^T x^T
+        handle, int(gemm.by_outputs), 0, gemm.outputs, gemm.rows, inputs, ctypes.addressof(one), gemm.w, kind, w_row,
+        w_part, gemm.x, kind, gemm.x_row, inputs, ctypes.addressof(other), gemm.y, 0 if gemm.wide else kind,
+        gemm.outputs, gemm.rows * gemm.outputs, gemm.parts, _COMPUTE_FLOAT32, _DEFAULT,
     )  # fmt: skip
     _check(status)
 

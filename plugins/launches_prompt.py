@@ -17,7 +17,8 @@ from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSel
 
 __all__ = ["prompt", "workspace_bytes"]
 
-_PART_WARPS, _HELD = 4, 32
+_PART_WARPS, _MOST_NORM_WARPS, _HELD_VALUES = 4, 32, 32
+_FEW_ROWS, _FEW_VALUES, _SUMS, _SPLIT_ROWS = 512, 8, 4, 128
 
 
 def prompt(call: Any, workspace: int, device: Device) -> list[Launch | Gemm]:
@@ -32,7 +33,7 @@ def workspace_bytes(call: Any) -> int:
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "z", "weight", "y", "seq_lens")),
+        *((name, c_void_p) for name in ("x", "z", "weight", "y", "sums", "total", "seq_lens")),
         ("rows", c_int64),
         *((name, c_int32) for name in ("x_row", "z_row", "length", "groups", "width")),
         ("eps", c_float),
@@ -47,6 +48,7 @@ class _Buffers:
         row = c.batch * c.length * BYTES[c.dtype]
         self.blas = self._take(WORKSPACE_BYTES)
         self.hidden = self._take(4 * c.batch * c.length * c.width)
+        self.sums = self._take(4 * _sums_of(c) * c.batch * c.width) if _sums_of(c) > 1 else 0
         self.normal = self.y = self._take(row * max(c.width, c.inner))
         self.projected = self._take(row * c.outputs)
         self.convolved = self._take(row * c.channels)
@@ -65,6 +67,12 @@ class _Buffers:
         taken = self.end
         self.end += ceil_div(size, 256) * 256
         return taken
+
+
+def _sums_of(c: Any) -> int:
+    """In how many parts out_proj sums its inputs."""
+    split = c.length == 1 and c.batch <= _SPLIT_ROWS and c.inner % (8 * _SUMS) == 0
+    return _SUMS if split else 1
 
 
 def _low_row(c: Any) -> int:
@@ -101,8 +109,8 @@ class _Prompt:
     def run(self) -> list[Launch | Gemm]:
         c, at = self.c, self.at
         self.found.append(parts.embed(c, at.hidden))
-        for layer in (MambaLayer * c.layers).from_address(c.each):
-            self._norm_hidden(layer.norm_weight, False)
+        for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
+            self._norm_hidden(layer.norm_weight, False, i > 0)
             self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
             self._product(at.normal, c.width, c.width, layer.in_proj, c.outputs, at.projected, bool(layer.in_proj_bias))
             x = at.projected + (c.inner if c.heads else 0) * self.item
@@ -117,10 +125,11 @@ class _Prompt:
                 self._second(layer)
             else:
                 self._first(layer)
-            self._product(at.y, c.inner, c.inner, layer.out_proj, c.width, at.hidden, True, wide=True)
+            out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
+            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, at.blas, _sums_of(c)))
             self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
         last = not c.all_logits
-        self._norm_hidden(c.norm_weight, last)
+        self._norm_hidden(c.norm_weight, last, True)
         rows = c.batch if last else self.tokens
         head = (rows, c.width, c.vocab, at.normal, c.width, c.head, True, c.logits, True, False)
         self.found.append(Gemm(*head, c.dtype, at.blas))
@@ -157,14 +166,14 @@ class _Prompt:
         self.found += launches_ssd.ssd_scan(a, at.scan, self.device, rows)
         groups, eps = (c.groups, c.eps) if layer.gate_norm else (1, -1.0)
         sizes = (self.tokens, c.inner, c.outputs, c.length, groups, c.inner // groups, eps)
-        self._norm(_Norm(at.y, at.projected, layer.gate_norm, at.y, None, *sizes), self.T, item)
+        self._norm(_Norm(at.y, at.projected, layer.gate_norm, at.y, None, None, None, *sizes), self.T, item)
 
     def _step(self, layer: Any) -> None:
         c, at = self.c, self.at
         self.found += parts.scan(c, layer, at.projected, at.low, at.y, self.device)
         if c.heads and layer.gate_norm:
             sizes = (self.tokens, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
-            self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, *sizes), self.T, self.item)
+            self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, None, None, *sizes), self.T, self.item)
 
     def _scan_of(self, layer: Any) -> Any:
         a = _scan(self.c)
@@ -174,28 +183,28 @@ class _Prompt:
 
     # --- their pieces
 
-    def _product(
-        self, x: int, inputs: int, x_row: int, w: int, outputs: int, y: int, add: bool, *, wide: bool = False
-    ) -> None:
+    def _product(self, x: int, inputs: int, x_row: int, w: int, outputs: int, y: int, add: bool) -> None:
         c = self.c
-        self.found.append(Gemm(self.tokens, inputs, outputs, x, x_row, w, False, y, wide, add, c.dtype, self.at.blas))
+        self.found.append(Gemm(self.tokens, inputs, outputs, x, x_row, w, False, y, False, add, c.dtype, self.at.blas))
 
     def _bias(self, bias: int | None, y: int, width: int, Y: str, add: bool) -> None:
         if bias:
             self._rows("bias_kernel", (self.T, Y, add), (c_void_p(bias), c_void_p(y), c_int32(width)))
 
-    def _norm_hidden(self, weight: int, last: bool) -> None:
+    def _norm_hidden(self, weight: int, last: bool, after: bool) -> None:
         c, at = self.c, self.at
         rows, seq_lens = (c.batch, c.seq_lens) if last else (self.tokens, None)
-        norm = _Norm(at.hidden, None, weight, at.normal, seq_lens, rows, c.width, 0, c.length, 1, c.width, c.eps)
-        self._norm(norm, "float", 4)
+        places = (at.hidden, None, weight, at.normal, at.sums if after else None, at.hidden, seq_lens)
+        self._norm(_Norm(*places, rows, c.width, 0, c.length, 1, c.width, c.eps), "float", 4)
 
     def _norm(self, a: _Norm, X: str, x_item: int) -> None:
         wide = 16 // x_item
         vectors = (a.weight or 0) % 16 == 0 and a.width % wide == a.x_row % wide == a.z_row % wide == 0
-        warps = ceil_div(a.width, 32 * _HELD)
+        few = a.rows * a.groups <= _FEW_ROWS and a.width <= 32 * _MOST_NORM_WARPS * _FEW_VALUES
+        values = _FEW_VALUES if few else _HELD_VALUES
+        warps = ceil_div(a.width, 32 * values)
         rows = max(8 // warps, 1)
-        name = kernel_name("model", "norm_kernel", self.T, X, wide if vectors else 1)
+        name = kernel_name("model", "norm_kernel", self.T, X, wide if vectors else 1, values)
         grid = (ceil_div(a.rows * a.groups, rows),)
         self.found.append(Launch(parts.ROWS, name, grid, (32 * warps, rows), 0, (a,)))
 

@@ -153,27 +153,31 @@ def _is_together(a: _Linear) -> bool:
 
 def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
     """The cut that leaves the fullest multiprocessor the fewest bytes to move, as in ``step.cu``."""
-    tiles = 1 if a.batch <= 16 else 2 if a.batch <= 32 else 4
-    rows, turns, stages = 16 * tiles, 2 if tiles == 4 else 4, ceil_div(a.inputs, _TILE_INPUTS)
-    most, pitch = 1 if of_head or device.major < 9 else 8, 2 * _TILE_INPUTS + 16
+    stages, most, pitch = (
+        ceil_div(a.inputs, _TILE_INPUTS),
+        1 if of_head or device.major < 9 else 8,
+        2 * _TILE_INPUTS + 16,
+    )
     cuts = []
-    for nt in range(1, _MOST_TILES + 1):
-        outputs = 32 * nt
-        stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
-        shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
-        if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
-            break
-        for split in (1, 2, 4, 8):
-            if split > min(most, stages):
+    for tiles in (1, 2, 4)[: 1 + (a.batch > 16) + (a.batch > 32)]:
+        rows, turns = 16 * tiles, 2 if tiles == 4 else 4
+        for nt in range(1, _MOST_TILES + 1):
+            outputs = 32 * nt
+            stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
+            shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
+            if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
                 break
-            room = device.multiprocessors * (1000 if split <= 2 else 1000 - 35 * split) // 1000
-            blocks = ceil_div(a.outputs, outputs) * split * ceil_div(a.batch, rows)
-            sums = 0 if split == 1 else 2 * 4 * turns * rows * outputs
-            moved = ceil_div(stages, split) * (2 * _TILE_INPUTS * (outputs + rows) + (5 << 10)) + sums
-            cuts.append((ceil_div(blocks, room) * moved, nt, split, shared))
-    _, nt, split, shared = min(cuts)
+            for split in (1, 2, 4, 8):
+                if split > min(most, stages):
+                    break
+                room = device.multiprocessors * (1000 if split <= 2 else 1000 - 35 * split) // 1000
+                blocks = ceil_div(a.outputs, outputs) * split * ceil_div(a.batch, rows)
+                sums = 0 if split == 1 else 2 * 4 * turns * rows * outputs
+                moved = ceil_div(stages, split) * (2 * _TILE_INPUTS * (outputs + rows) + (5 << 10)) + sums
+                cuts.append((ceil_div(blocks, room) * moved, tiles, nt, split, shared))
+    _, tiles, nt, split, shared = min(cuts)
     name = kernel_name("step", "tile_kernel", TYPES[dtype], tiles, nt, of_head)
-    grid = (ceil_div(a.outputs, 32 * nt) * split, ceil_div(a.batch, rows))
+    grid = (ceil_div(a.outputs, 32 * nt) * split, ceil_div(a.batch, 16 * tiles))
     return Launch("step_tile.cuh", name, grid, (_TILE_THREADS,), shared, (a, c_int32(split)), split)
 
 
@@ -201,20 +205,26 @@ def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     item = BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
+    many = item == 2 and device.major >= 8 and call.state_size == 16
     groups, rows = ceil_div(call.channels, channels), 1
-    most = 3 * _COLUMNS if item == 2 and device.major >= 8 else _COLUMNS
-    while rows < min(call.batch, most) and groups * ceil_div(call.batch, rows) > 2 * device.multiprocessors:
+    while rows < min(call.batch, _COLUMNS):
+        blocks = (4 if rows > 2 and many else 2) * device.multiprocessors
+        if groups * ceil_div(call.batch, rows) <= blocks:
+            break
         rows += 1
+    many = many and rows > 2
 
     def nbytes(rows: int) -> int:
         low = ceil_div(rows * _shared_stride(call.rank) * item, 16) * 16
-        return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels
+        held = rows * 128 * warps * BYTES[call.state_dtype] if many else 0
+        return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels + held
 
+    kernel, of = "update_kernel", rows if rows <= 2 else _COLUMNS
+    if many:
+        kernel, of = "update_rows_kernel", TYPES[call.state_dtype]
     while rows > 1 and nbytes(rows) > device.shared_bytes:
         rows -= 1
-    name = kernel_name(
-        "scan", "update_kernel", TYPES[call.dtype], rows if rows <= 2 else ceil_div(rows, _COLUMNS) * _COLUMNS
-    )
+    name = kernel_name("scan", kernel, TYPES[call.dtype], of)
     grid, arguments = (groups, ceil_div(call.batch, rows)), (call, c_int32(rows))
     return [Launch("selective_update.cuh", name, grid, (32 * warps,), nbytes(rows), arguments)]
 

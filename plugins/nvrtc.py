@@ -64,6 +64,7 @@ class Gemm(NamedTuple):
     add: bool
     dtype: int
     workspace: int
+    parts: int = 1
 
 
 class Device(NamedTuple):

@@ -24,6 +24,14 @@ bool is_valid(const MambaModel& m) {
 
 int64_t tokens_of(const MambaModel& m) { return int64_t{m.batch} * m.length; }
 
+constexpr int kSplitRows = 128;
+
+// In how many sums out_proj comes, each of as many inputs, which the norm after it adds to the residual stream. Of few rows
+// cuBLAS has to split the inputs to fill the GPU, and would add the sums in a kernel of its own.
+int32_t sums_of(const MambaModel& m) {
+    return m.length == 1 && m.batch <= kSplitRows && m.inner % (8 * kSums) == 0 ? kSums : 1;
+}
+
 int32_t low_row(const MambaModel& m) { return m.rank + 2 * m.state_size; }
 
 // Whether the scan takes x, B and C as they stand, or dense copies of them.
@@ -49,6 +57,7 @@ struct Buffers {
     uintptr_t end;
     void* blas;
     float* hidden;     // [B, L, d]
+    float* sums;       // [kSums, B, d], where out_proj comes in several
     void* normal;      // [B, L, d] T, of a layer's first half; y in its second
     void* y;           // [B, L, D] T
     void* projected;   // [B, L, M] T
@@ -67,6 +76,7 @@ struct Buffers {
         const int64_t tokens = tokens_of(m), row = tokens * item_bytes(m.dtype);
         blas = take(blas::kWorkspace);
         hidden = static_cast<float*>(take(4 * tokens * m.width));
+        sums = sums_of(m) > 1 ? static_cast<float*>(take(4 * sums_of(m) * tokens * m.width)) : nullptr;
         normal = y = take(row * std::max(m.width, m.inner));
         projected = take(row * m.outputs);
         convolved = take(row * m.channels);
@@ -103,8 +113,9 @@ class Prompt {
         : m_(m), at_(m, reinterpret_cast<uintptr_t>(workspace)), products_(m.dtype, at_.blas, stream), stream_(stream) {}
 
     cudaError_t run() {
-        return in_turn([&] { return products_.error(); }, [&] { return embed<T>(m_, at_.hidden, stream_); },
-                       [&] { return layers(); }, [&] { return head(); });
+        return in_turn([&] { return products_.error(); },
+                       [&] { return device_.read(norm_kernel<T, float, 1, kFewValues>); },
+                       [&] { return embed<T>(m_, at_.hidden, stream_); }, [&] { return layers(); }, [&] { return head(); });
     }
 
   private:
@@ -114,7 +125,7 @@ class Prompt {
         cudaError_t error = cudaSuccess;
         for (int i = 0; i < m_.layers && error == cudaSuccess; i++) {
             const MambaLayer& layer = m_.each[i];
-            error = in_turn([&] { return norm_hidden(layer.norm_weight, false); },
+            error = in_turn([&] { return norm_hidden(layer.norm_weight, false, i > 0); },
                             [&] { return product(at_.normal, m_.width, layer.in_proj, layer.in_proj_bias, m_.outputs,
                                                  at_.projected); },
                             [&] { return convolution(layer); },
@@ -128,7 +139,7 @@ class Prompt {
 
     cudaError_t head() const {
         const bool last = !m_.all_logits;
-        return in_turn([&] { return norm_hidden(m_.norm_weight, last); },
+        return in_turn([&] { return norm_hidden(m_.norm_weight, last, true); },
                        [&] { return products_.run({last ? m_.batch : tokens_, m_.width, m_.vocab, at_.normal, m_.width,
                                                    m_.head, true, m_.logits, true, false}); });
     }
@@ -155,8 +166,8 @@ class Prompt {
         }
         return in_turn([&] { return run(mamba_ssd_update, ssd_update(m_, layer, at_.projected, at_.y)); }, [&] {
             if (layer.gate_norm == nullptr) return cudaSuccess;
-            return norm<T>({at_.y, nullptr, layer.gate_norm, at_.y, nullptr, tokens_, m_.inner, 0, 1, m_.groups,
-                            m_.inner / m_.groups, m_.eps});
+            return norm<T>({at_.y, nullptr, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, m_.inner, 0, 1,
+                            m_.groups, m_.inner / m_.groups, m_.eps});
         });
     }
 
@@ -191,8 +202,8 @@ class Prompt {
         ssd::Rows rows = {m_.channels, m_.channels, m_.outputs};
         const bool normed = layer.gate_norm != nullptr;
         const int32_t groups = normed ? m_.groups : 1;
-        const Norm gate = {at_.y, at_.projected, layer.gate_norm, at_.y, nullptr, tokens_, m_.inner, m_.outputs, m_.length,
-                           groups, m_.inner / groups, normed ? m_.eps : -1.0f};
+        const Norm gate = {at_.y, at_.projected, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, m_.inner,
+                           m_.outputs, m_.length, groups, m_.inner / groups, normed ? m_.eps : -1.0f};
         return in_turn(
             [&] {
                 if (!is_split(m_)) return cudaSuccess;
@@ -205,9 +216,10 @@ class Prompt {
     }
 
     cudaError_t out_proj(const MambaLayer& layer) const {
+        const bool apart = at_.sums != nullptr;
         return in_turn(
-            [&] { return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false, at_.hidden,
-                                        true, true}); },
+            [&] { return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
+                                        apart ? at_.sums : at_.hidden, true, !apart, sums_of(m_)}); },
             [&] { return bias<float, true>(layer.out_proj_bias, at_.hidden, m_.width); });
     }
 
@@ -228,9 +240,11 @@ class Prompt {
         return cudaGetLastError();
     }
 
-    cudaError_t norm_hidden(const float* weight, bool last) const {
-        return norm<float>({at_.hidden, nullptr, weight, at_.normal, last ? m_.seq_lens : nullptr,
-                            last ? m_.batch : tokens_, m_.width, 0, m_.length, 1, m_.width, m_.eps});
+    // Of the residual stream; `after`: a layer.
+    cudaError_t norm_hidden(const float* weight, bool last, bool after) const {
+        return norm<float>({at_.hidden, nullptr, weight, at_.normal, after ? at_.sums : nullptr, at_.hidden,
+                            last ? m_.seq_lens : nullptr, last ? m_.batch : tokens_, m_.width, 0, m_.length, 1, m_.width,
+                            m_.eps});
     }
 
     template <typename X>
@@ -238,16 +252,19 @@ class Prompt {
         constexpr int kWide = 16 / sizeof(X);
         bool vectors = is_aligned(a.weight, 16);
         for (const int32_t size : {a.width, a.x_row, a.z_row}) vectors = vectors && size % kWide == 0;
-        return vectors ? norm<X, kWide>(a) : norm<X, 1>(a);
+        if (a.rows * a.groups <= kFewRows && a.width <= 32 * kMostNormWarps * kFewValues) {
+            return vectors ? norm<X, kWide, kFewValues>(a) : norm<X, 1, kFewValues>(a);
+        }
+        return vectors ? norm<X, kWide, kHeldValues>(a) : norm<X, 1, kHeldValues>(a);
     }
 
-    template <typename X, int VEC>
+    template <typename X, int VEC, int VALUES>
     cudaError_t norm(const Norm& a) const {
-        const int warps = static_cast<int>(ceil_div(a.width, 32 * kHeldValues)), rows = std::max(8 / warps, 1);
+        const int warps = static_cast<int>(ceil_div(a.width, 32 * VALUES)), rows = std::max(8 / warps, 1);
         const int64_t blocks = ceil_div(a.rows * a.groups, rows);
         if (blocks > INT_MAX) return cudaErrorInvalidValue;
-        norm_kernel<T, X, VEC><<<static_cast<unsigned>(blocks), dim3(32 * warps, rows), 0, stream_>>>(a);
-        return cudaGetLastError();
+        return launch_early(norm_kernel<T, X, VEC, VALUES>, dim3(static_cast<unsigned>(blocks)), dim3(32 * warps, rows), 0,
+                            1, device_.major >= 9, stream_, Norm(a));
     }
 
     cudaError_t norm_parts() const {
@@ -277,6 +294,7 @@ class Prompt {
     const blas::Products products_;
     const cudaStream_t stream_;
     const int64_t tokens_ = tokens_of(m_);
+    Device device_;
 };
 
 }  // namespace

@@ -7,7 +7,9 @@
 namespace mamba {
 namespace model {
 
-constexpr int kHeldValues = 32;      // of a row that a thread of norm_kernel has
+constexpr int kHeldValues = 32;      // of a row that a thread of norm_kernel has at most
+constexpr int kFewRows = 512, kFewValues = 8;  // up to so many rows, which leave multiprocessors idle: so many if it can
+constexpr int kSums = 4;             // in which a product of few rows may come
 constexpr int kMostNormWarps = 32;   // of a row
 constexpr int kRowThreads = 128, kPartWarps = 4;
 
@@ -47,27 +49,39 @@ cudaError_t embed(const MambaModel& m, float* hidden, cudaStream_t stream) {
 
 #endif
 
-// y = norm(x silu(z)) weight of each of `groups` parts of a row.
+// y = norm(x silu(z)) weight of each of `groups` parts of a row; where there are sums, x is first what it and they make.
 struct Norm {
     const void* x;            // [rows, groups, width] X, x_row apart
     const void* z;            // [rows, groups, width] T, z_row apart; null: no gate
     const float* weight;      // [groups, width]
     void* y;                  // [rows, groups, width] T; may be x
+    const float* sums;        // [kSums, rows, width] or null
+    float* total;             // [rows, width]: x and them, may be x; only where there are sums, and one group
     const int32_t* seq_lens;  // null; or x is [rows, length, width], and of each its last token that is used, or zeros
     int64_t rows;
     int32_t x_row, z_row, length, groups, width;
     float eps;                // negative: no norm, and no weight
 };
 
-// A row's threads along x, rows along y. VEC: values of an access; all rows begin at multiples of as many.
-template <typename T, typename X, int VEC>
+// A row's threads along x, rows along y. VEC: values of an access; all rows begin at multiples of as many. VALUES: of a row
+// that a thread has; where they are few it reads their weights before the kernel ahead has ended.
+template <typename T, typename X, int VEC, int VALUES>
 __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a) {
-    constexpr int kHeld = kHeldValues / VEC;
+    constexpr int kHeld = VALUES / VEC;
+    constexpr bool kEarly = VALUES == kFewValues;
     __shared__ float partial[kMostNormWarps];
     const int64_t item = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, row = item / a.groups;
     const int group = static_cast<int>(item % a.groups), first = group * a.width;
     const int step = static_cast<int>(blockDim.x) * VEC, begin = static_cast<int>(threadIdx.x) * VEC;
     const bool exists = row < a.rows;
+    Neighbours<float, VEC> weights[kEarly ? kHeld : 1];
+    if (kEarly && a.eps >= 0.0f) {
+#pragma unroll
+        for (int i = 0; i < kHeld; i++) {
+            if (begin + i * step < a.width) weights[kEarly ? i : 0].load(a.weight + first + begin + i * step);
+        }
+    }
+    wait_for_previous();
     int64_t from = row;
     bool used = exists;
     if (a.seq_lens != nullptr && exists) {
@@ -87,6 +101,27 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
             in.get(values[i]);
         }
     }
+    if constexpr (sizeof(X) == 4) {
+        if (a.sums != nullptr && used) {
+#pragma unroll
+            for (int i = 0; i < kHeld; i++) {
+                const int c = begin + i * step;
+                if (c >= a.width) continue;
+                Neighbours<float, VEC> in[kSums];
+#pragma unroll
+                for (int s = 0; s < kSums; s++) in[s].load_written(a.sums + (s * a.rows + from) * a.width + c);
+                Pack<float, VEC> out;
+#pragma unroll
+                for (int s = 0; s < kSums; s++) {
+                    float part[VEC];
+                    in[s].get(part);
+#pragma unroll
+                    for (int v = 0; v < VEC; v++) out.v[v] = values[i][v] += part[v];
+                }
+                store(a.total + from * a.width + c, out);
+            }
+        }
+    }
     if (a.z != nullptr) {
 #pragma unroll
         for (int i = 0; i < kHeld; i++) {
@@ -94,7 +129,7 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
             if (used && c < a.width) {
                 float gate[VEC];
                 Neighbours<T, VEC> in;
-                in.load(z + c);
+                in.load_written(z + c);
                 in.get(gate);
 #pragma unroll
                 for (int v = 0; v < VEC; v++) values[i][v] *= silu(gate[v]);
@@ -128,9 +163,8 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
         if (c >= a.width) continue;
         if (a.eps >= 0.0f) {
             float weight[VEC];
-            Neighbours<float, VEC> in;
-            in.load(a.weight + first + c);
-            in.get(weight);
+            if (!kEarly) weights[0].load(a.weight + first + c);
+            weights[kEarly ? i : 0].get(weight);
 #pragma unroll
             for (int v = 0; v < VEC; v++) values[i][v] *= scale * weight[v];
         }

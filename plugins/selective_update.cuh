@@ -1,9 +1,10 @@
 // A decode step of MambaSelectiveScan from what the projections give, dt's own projection in it: delta = softplus(low W +
 // bias); h = exp(delta A) h + delta x B; y = (C . h + D x) silu(z).
 //
-// A block takes 64 channels (32 in float32) of up to 4 rows of the batch. First the product, whose weights it reads before
+// A block takes 64 channels (32 in float32) of up to 8 rows of the batch. First the product, whose weights it reads before
 // the kernel ahead has ended; then four lanes share a channel. With 16 states, which all published models have, a lane has
-// four neighbouring ones, and those of all its rows are on their way before the product begins.
+// four neighbouring ones, and those of all its rows are on their way before the product begins: of up to two rows in
+// registers, of more in shared memory, so that blocks are small and many share a multiprocessor.
 #pragma once
 
 #include "selective_scan_common.cuh"
@@ -20,12 +21,13 @@ template <typename T>
 constexpr int kUpdateChannels = 32 * kUpdateWarps<T> / kUpdateLanes;
 
 struct UpdateLayout {
-    int states, sums, bytes;  // where B and C and the sums of the warps begin; before them dt's input
+    int states, sums, held, bytes;  // where B and C, the sums of the warps and old states begin; before them dt's input
 
-    __host__ __device__ UpdateLayout(const MambaSelectiveUpdate& a, int rows, int item, int warp_outputs) {
+    __host__ __device__ UpdateLayout(const MambaSelectiveUpdate& a, int rows, int item, int warp_outputs, int held_states) {
         states = (rows * step::shared_stride(a.rank) * item + 15) / 16 * 16;
         sums = states + 4 * ((rows * 2 * a.state_size + 3) / 4 * 4);
-        bytes = sums + 4 * rows * warp_outputs;
+        held = sums + 4 * rows * warp_outputs;
+        bytes = held + rows * held_states * (a.state_dtype == MAMBA_FLOAT32 ? 4 : 2);
     }
 };
 
@@ -85,23 +87,55 @@ struct UpdateRow {
     bool used;
 };
 
+// dt's input, and B and C, of a block's rows to shared memory, Falcon-Mamba's norms in it; this thread's share.
+template <typename T, int WARPS>
+__device__ __forceinline__ void fetch_low(
+    const MambaSelectiveUpdate& a, int b0, int rows, T* low, int stride, float* states) {
+    const int R = a.rank, N = a.state_size, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto put = [&](int r, int i, T v) {  // place i of a row of low
+        if (i < R) {
+            low[r * stride + i] = v;
+        } else {
+            states[r * 2 * N + i - R] = to_float(v);
+        }
+    };
+    if (a.norm_eps >= 0.0f) {  // each part by itself, without weights
+        for (int pair = warp; pair < 3 * rows; pair += WARPS) {
+            const int r = pair / 3, part = pair % 3, size = part == 0 ? R : N, from = part == 0 ? 0 : R + (part - 1) * N;
+            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row + from;
+            float sum = 0.0f;
+            for (int i = lane; i < size; i += 32) sum = fmaf(to_float(given[i]), to_float(given[i]), sum);
+            const float scale = 1.0f / sqrtf(sum_of_warp(sum) / size + a.norm_eps);
+            for (int i = lane; i < size; i += 32) put(r, from + i, from_float<T>(to_float(given[i]) * scale));
+        }
+    } else {
+        const int log_share = step::log_warps_of_row<WARPS>(rows), own = threadIdx.x % (32 << log_share);
+        for (int r = warp >> log_share; r < rows; r += WARPS >> log_share) {
+            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row;
+#pragma unroll 8
+            for (int i = own; i < a.low_row; i += 32 << log_share) put(r, i, given[i]);
+        }
+    }
+    for (int i = R + static_cast<int>(threadIdx.x); i < (R + 15) / 16 * 16; i += 32 * WARPS) {
+        for (int r = 0; r < rows; r++) low[r * stride + i] = from_float<T>(0.0f);
+    }
+}
+
 template <typename T, int ROWS>
 __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2 ? 2 : 0, 1)) update_kernel(
     const MambaSelectiveUpdate a, const int rows_of_block) {
-    if constexpr (ROWS > step::kColumns && !step::kTensorCores<T>) return;
     constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kAhead = ROWS < 4 ? ROWS : 4;
-    using Own = step::Product<T, 16, kWarps, (ROWS + step::kColumns - 1) / step::kColumns>;
+    using Own = step::Product<T, 16, kWarps>;
     static_assert(Own::kOutputs == kChannels, "a block's channels are what it has products of");
     extern __shared__ float4 memory[];
     const int R = a.rank, N = a.state_size, D = a.channels, stride = step::shared_stride(R);
-    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels);
+    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels, 0);
     T* const low = reinterpret_cast<T*>(memory);                                                          // [rows, stride]
     float* const states = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + layout.states);      // [rows, 2 N]
     float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + layout.sums);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
 
-    Own product(static_cast<const T*>(a.dt_weight), R, D, first, warp, nullptr);
+    Own product(static_cast<const T*>(a.dt_weight), R, D, first, threadIdx.x / 32, nullptr);
     product.begin();
     const int of_block = threadIdx.x / kUpdateLanes, share = threadIdx.x % kUpdateLanes;
     const bool exists = first + of_block < D, whole = N == 16;
@@ -131,33 +165,7 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     for (int r = 0; r < kAhead; r++) {
         if (r < rows) fetch(ahead[r], r);
     }
-    const auto put = [&](int r, int i, T v) {  // place i of a row of low
-        if (i < R) {
-            low[r * stride + i] = v;
-        } else {
-            states[r * 2 * N + i - R] = to_float(v);
-        }
-    };
-    if (a.norm_eps >= 0.0f) {  // each part by itself, without weights
-        for (int pair = warp; pair < 3 * rows; pair += kWarps) {
-            const int r = pair / 3, part = pair % 3, size = part == 0 ? R : N, from = part == 0 ? 0 : R + (part - 1) * N;
-            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row + from;
-            float sum = 0.0f;
-            for (int i = lane; i < size; i += 32) sum = fmaf(to_float(given[i]), to_float(given[i]), sum);
-            const float scale = 1.0f / sqrtf(sum_of_warp(sum) / size + a.norm_eps);
-            for (int i = lane; i < size; i += 32) put(r, from + i, from_float<T>(to_float(given[i]) * scale));
-        }
-    } else {
-        const int log_share = step::log_warps_of_row<kWarps>(rows), own = threadIdx.x % (32 << log_share);
-        for (int r = warp >> log_share; r < rows; r += kWarps >> log_share) {
-            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row;
-#pragma unroll 4
-            for (int i = own; i < a.low_row; i += 32 << log_share) put(r, i, given[i]);
-        }
-    }
-    for (int i = R + static_cast<int>(threadIdx.x); i < (R + 15) / 16 * 16; i += 32 * kWarps) {
-        for (int r = 0; r < rows; r++) low[r * stride + i] = from_float<T>(0.0f);
-    }
+    fetch_low<T, kWarps>(a, b0, rows, low, stride, states);
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
     product.put(sums, rows);
@@ -204,6 +212,102 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
             if (r + kAhead < rows) fetch(ahead[i], r + kAhead);
         }
     }
+}
+
+// Of 16 states of type S, 16-bit weights, on tensor cores.
+template <typename T, typename S>
+__global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) update_rows_kernel(
+    const MambaSelectiveUpdate a, const int rows_of_block) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kThreads = 32 * kWarps, N = 16;
+    using Own = step::Product<T, 16, kWarps, false, 1>;
+    extern __shared__ float4 memory[];
+    char* const shared = reinterpret_cast<char*>(memory);
+    const int R = a.rank, D = a.channels, stride = step::shared_stride(R);
+    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels, 4 * kThreads);
+    T* const low = reinterpret_cast<T*>(shared);                                // [rows, stride]
+    float* const states = reinterpret_cast<float*>(shared + layout.states);     // [rows, 2 N]
+    float* const sums = reinterpret_cast<float*>(shared + layout.sums);         // [warps, rows, channels]
+    const S* const held = reinterpret_cast<S*>(shared + layout.held) + 4 * threadIdx.x;  // [rows, threads], four of each
+    const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
+
+    Own product(static_cast<const T*>(a.dt_weight), R, D, first, threadIdx.x / 32, nullptr);
+    product.begin();
+    const int of_block = threadIdx.x / kUpdateLanes, share = threadIdx.x % kUpdateLanes, c = min(first + of_block, D - 1);
+    const bool exists = first + of_block < D;
+    const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0} * D + c) * N + 4 * share;
+    const S* const before = static_cast<const S*>(a.ssm_state) + own_state;
+    const Pack<float, 4> A = load_constant<float, 4>(a.A + int64_t{c} * N + 4 * share);
+    for (int r = share; r < rows; r += kUpdateLanes) {
+        prefetch(before + r * of_row);
+    }
+    let_next_start();
+    wait_for_previous();
+
+    for (int r = 0; r < rows; r++) {
+        copy_async_whole<4 * sizeof(S)>(shared_address(held + r * 4 * kThreads), before + r * of_row);
+    }
+    copy_async_commit();
+    // Of a channel of every kAtOnce-th row this thread finds what its four lanes need.
+    constexpr int kAtOnce = kThreads / kChannels, kFound = step::kColumns / kAtOnce;
+    const int found = threadIdx.x % kChannels, found_row = threadIdx.x / kChannels, of = min(first + found, D - 1);
+    T x[kFound], z[kFound];
+#pragma unroll
+    for (int i = 0; i < kFound; i++) {
+        const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + min(found_row + i * kAtOnce, rows - 1)} * D + of;
+        x[i] = xz[0], z[i] = xz[D];
+    }
+    const float bias = a.dt_bias != nullptr ? __ldg(a.dt_bias + of) : 0.0f, skip = a.D != nullptr ? __ldg(a.D + of) : 0.0f;
+    const int lane = threadIdx.x % 32;
+    const unsigned used = __ballot_sync(~0u, lane < rows && a.seq_lens[b0 + min(lane, rows - 1)] > 0);  // bits of rows
+    fetch_low<T, kWarps>(a, b0, rows, low, stride, states);
+    __syncthreads();
+    product.run(step::SharedX<T>{low, stride, rows});
+    product.put(sums, rows);
+    __syncthreads();
+
+    // In the place of sums that no other thread reads: delta log2(e), delta x, D x and silu(z), each [rows, channels].
+    const int values = rows * kChannels;
+#pragma unroll
+    for (int i = 0; i < kFound; i++) {
+        const int r = found_row + i * kAtOnce, at = r * kChannels + found;
+        if (r >= rows) break;
+        const float dt = to_float(from_float<T>(Own::sum(sums, rows, at)));
+        const float delta = softplus(dt + bias);
+        sums[at] = kLog2E * delta;
+        sums[values + at] = delta * to_float(x[i]);
+        sums[2 * values + at] = skip * to_float(x[i]);
+        sums[3 * values + at] = silu(to_float(z[i]));
+    }
+    copy_async_wait<0>();  // of what this thread alone reads
+    __syncthreads();
+
+    S* after = static_cast<S*>(a.ssm_state_out) + own_state;
+    T* to = static_cast<T*>(a.y) + int64_t{b0} * D + c;
+    const float *own = sums + of_block, *const B_row = states + 4 * share;
+#pragma unroll 2
+    for (int r = 0; r < rows; r++, after += of_row, to += D, own += kChannels) {
+        const Pack<float, 4> B = load<float, 4>(B_row + r * 2 * N), C = load<float, 4>(B_row + r * 2 * N + N);
+        const float delta = own[0], drive = own[values];
+        const bool is_used = used >> r & 1;
+        Neighbours<S, 4> state;
+        state.load_written(held + r * 4 * kThreads);
+        float h[4], y = 0.0f;
+        state.get(h);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            h[i] = fmaf(exp2_approx(delta * A.v[i]), h[i], drive * B.v[i]);
+            y = fmaf(h[i], C.v[i], y);
+        }
+        if (is_used) state.set(h);
+        if (exists) state.store_streaming(after);
+#pragma unroll
+        for (int offset = kUpdateLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
+        if (share == 0 && exists) {
+            *to = from_float<T>(is_used ? (y + own[2 * values]) * own[3 * values] : 0.0f);
+        }
+    }
+#endif
 }
 
 }  // namespace scan

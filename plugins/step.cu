@@ -88,7 +88,7 @@ cudaError_t norm_apart(Linear& a, void* workspace, const Device& device, cudaStr
 
 template <typename T, typename X, int BYTES, int WARPS, bool RING>
 cudaError_t few_rows(Linear a, const Device& device, cudaStream_t stream) {
-    using Own = Product<T, BYTES, WARPS, 1, RING>;
+    using Own = Product<T, BYTES, WARPS, RING>;
     const auto bytes = [](const Linear& a) {
         return Layout(a, sizeof(T), sizeof(X), Own::kRingBytes, WARPS * Own::kOutputs).bytes;
     };
@@ -128,7 +128,7 @@ auto with_tile(int nt, Run&& run) {
 }
 
 struct Cut {
-    int nt = 0, split = 1;  // NT of a tile, and blocks that split its inputs
+    int row_tiles = 0, nt = 0, split = 1;  // ROW_TILES and NT of a tile, and blocks that split its inputs
 };
 
 struct TileSizes {
@@ -138,12 +138,10 @@ struct TileSizes {
 // The cut that leaves the fullest multiprocessor the fewest bytes to move: those of the stages, each of which costs as much
 // as 5 KiB besides, and sums that go to other blocks, there and back. H200: the fastest, or near it, of all that were tried.
 template <int ROW_TILES, bool HEAD>
-Cut choose_cut(const Linear& a, const Device& device) {
+void choose_cut(const Linear& a, const Device& device, Cut& best, int64_t& least) {
     const int64_t stages = ceil_div(a.inputs, kTileInputs);
     const int most = HEAD || device.major < 9 ? 1 : 8;
-    Cut best;
-    int64_t least = 0;
-    for (Cut cut{1, 1}; cut.nt <= kMostTiles; cut.nt++) {
+    for (Cut cut{ROW_TILES, 1, 1}; cut.nt <= kMostTiles; cut.nt++) {
         const TileSizes own = with_tile<ROW_TILES, HEAD>(cut.nt, [](auto tile) {
             using Own = decltype(tile);
             return TileSizes{Own::kBytes, Own::kRows, Own::kOutputs, Own::kTurns};
@@ -159,13 +157,10 @@ Cut choose_cut(const Linear& a, const Device& device) {
             if (best.nt == 0 || cost < least) best = cut, least = cost;
         }
     }
-    return best;
 }
 
 template <typename T, int ROW_TILES, bool HEAD>
-cudaError_t tile_rows(const Linear& a, const Device& device, cudaStream_t stream) {
-    const Cut cut = choose_cut<ROW_TILES, HEAD>(a, device);
-    if (cut.nt == 0) return cudaErrorInvalidValue;
+cudaError_t tile_rows(const Linear& a, const Cut& cut, const Device& device, cudaStream_t stream) {
     return with_tile<ROW_TILES, HEAD>(cut.nt, [&](auto tile) {
         using Own = decltype(tile);
         const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, Own::kOutputs) * cut.split),
@@ -175,11 +170,20 @@ cudaError_t tile_rows(const Linear& a, const Device& device, cudaStream_t stream
     });
 }
 
+// Rows in one tile, or in several smaller ones, which read the weights again: of few outputs there are blocks to spare.
 template <typename T, bool HEAD>
 cudaError_t many_rows(const Linear& a, const Device& device, cudaStream_t stream) {
-    if (a.batch <= 16) return tile_rows<T, 1, HEAD>(a, device, stream);
-    if (a.batch <= 32) return tile_rows<T, 2, HEAD>(a, device, stream);
-    return tile_rows<T, 4, HEAD>(a, device, stream);
+    Cut cut;
+    int64_t least = 0;
+    choose_cut<1, HEAD>(a, device, cut, least);
+    if (a.batch > 16) choose_cut<2, HEAD>(a, device, cut, least);
+    if (a.batch > 32) choose_cut<4, HEAD>(a, device, cut, least);
+    switch (cut.row_tiles) {
+        case 1: return tile_rows<T, 1, HEAD>(a, cut, device, stream);
+        case 2: return tile_rows<T, 2, HEAD>(a, cut, device, stream);
+        case 4: return tile_rows<T, 4, HEAD>(a, cut, device, stream);
+        default: return cudaErrorInvalidValue;
+    }
 }
 
 template <typename T, typename X>
@@ -282,28 +286,35 @@ cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     const cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
     // The fewest rows a block with which all blocks run at once, if there is room for them.
+    const bool many = sizeof(T) == 2 && device.major >= 8 && c.state_size == 16;  // can be update_rows_kernel's
     const int64_t groups = ceil_div(c.channels, scan::kUpdateChannels<T>);
-    const int most = sizeof(T) == 2 && device.major >= 8 ? 3 * kColumns : kColumns;
+    const auto fits = [&](int rows, int blocks) {
+        return groups * ceil_div(c.batch, rows) <= blocks * int64_t{device.multiprocessors};
+    };
     int rows = 1;
-    while (rows < std::min(c.batch, most) && groups * ceil_div(c.batch, rows) > 2 * device.multiprocessors) rows++;
-    const auto bytes = [&](int rows) {
-        return scan::UpdateLayout(c, rows, sizeof(T), scan::kUpdateWarps<T> * scan::kUpdateChannels<T>).bytes;
+    while (rows < std::min(c.batch, kColumns) && !fits(rows, rows > 2 && many ? 4 : 2)) rows++;
+    const auto run = [&](auto kernel, int held) {
+        const auto bytes = [&](int rows) {
+            const int sums = scan::kUpdateWarps<T> * scan::kUpdateChannels<T>;
+            return scan::UpdateLayout(c, rows, sizeof(T), sums, held).bytes;
+        };
+        while (rows > 1 && bytes(rows) > device.shared_bytes) rows--;
+        const int shared = bytes(rows);
+        if (shared > device.shared_bytes) return cudaErrorInvalidValue;
+        const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
+        return start(kernel, grid, 32 * scan::kUpdateWarps<T>, shared, device, stream, MambaSelectiveUpdate(c), int(rows));
     };
-    while (rows > 1 && bytes(rows) > device.shared_bytes) rows--;
-    const int shared = bytes(rows);
-    if (shared > device.shared_bytes) return cudaErrorInvalidValue;
-    const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
-    const auto run = [&](auto at_most) {
-        return start(scan::update_kernel<T, at_most>, grid, 32 * scan::kUpdateWarps<T>, shared, device, stream,
-                     MambaSelectiveUpdate(c), int(rows));
-    };
-    if (rows == 1) return run(std::integral_constant<int, 1>{});
-    if (rows == 2) return run(std::integral_constant<int, 2>{});
+    if (rows == 1) return run(scan::update_kernel<T, 1>, 0);
+    if (rows == 2) return run(scan::update_kernel<T, 2>, 0);
     if constexpr (sizeof(T) == 2) {
-        if (rows > 2 * kColumns) return run(std::integral_constant<int, 3 * kColumns>{});
-        if (rows > kColumns) return run(std::integral_constant<int, 2 * kColumns>{});
+        if (many) {
+            constexpr int kHeld = 4 * 32 * scan::kUpdateWarps<T>;
+            cudaError_t started = cudaErrorInvalidValue;
+            with_dtype(c.state_dtype, [&](auto s) { started = run(scan::update_rows_kernel<T, decltype(s)>, kHeld); });
+            return started;
+        }
     }
-    return run(std::integral_constant<int, kColumns>{});
+    return run(scan::update_kernel<T, kColumns>, 0);
 }
 
 template <typename Call>

@@ -34,7 +34,7 @@ __device__ __forceinline__ float sum_of_warp(float v) {
 
 // A launch of clusters of `cluster` blocks along x; `early`, where compute capability is 9.0, lets the kernel start early.
 template <typename... Parameters>
-cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, int cluster, bool early,
+cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, int cluster, bool early,
                          cudaStream_t stream, Parameters... arguments) {
 #if CUDART_VERSION >= 11080
     cudaLaunchAttribute attributes[2]{};
@@ -44,7 +44,7 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, int threads, 
     attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
-    config.blockDim = dim3(threads);
+    config.blockDim = threads;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = attributes;

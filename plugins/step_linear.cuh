@@ -241,7 +241,7 @@ struct Around {
 // Weights [inputs, outputs], of up to 8 rows at once; WARPS warps along the inputs.
 template <typename T, typename X, int BYTES, int WARPS, bool RING>
 __global__ void __launch_bounds__(32 * WARPS, resident_blocks(16 / WARPS, 1)) linear_kernel(const Linear a) {
-    using Own = Product<T, BYTES, WARPS, 1, RING>;
+    using Own = Product<T, BYTES, WARPS, RING>;
     extern __shared__ float4 memory[];
     char* const shared = reinterpret_cast<char*>(memory);
     const int first = blockIdx.y * a.rows, rows = min(a.rows, a.batch - first), column = blockIdx.x * Own::kOutputs;

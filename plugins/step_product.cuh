@@ -67,20 +67,21 @@ struct SharedX {
     const T* values;
     int stride, rows;
 
-    // Four inputs of row g + 8 j.
-    __device__ __forceinline__ uint2 four(int k, int j) const {
-        const int row = threadIdx.x % 32 / 4 + kColumns * j;
+    // Four inputs of row g.
+    __device__ __forceinline__ uint2 four(int k) const {
+        const int row = threadIdx.x % 32 / 4;
         return row < rows ? *reinterpret_cast<const uint2*>(values + row * stride + k) : make_uint2(0, 0);
     }
     __device__ __forceinline__ float one(int row, int k) const { return to_float(values[row * stride + k]); }
 };
 
-// NT times 8 rows, in tensor cores; WARPS warps along the inputs. RING: what is in flight waits in shared memory.
-template <typename T, int BYTES, int WARPS, int NT = 1, bool RING = false>
+// WARPS warps along the inputs. RING: what is in flight waits in shared memory. DEPTH: steps, of 16 inputs, that a warp has
+// in flight, or 0: as many as were fastest.
+template <typename T, int BYTES, int WARPS, bool RING = false, int DEPTH = 0>
 struct Product {
     static constexpr int kVec = BYTES / sizeof(T), kOutputs = 8 * kVec;
-    // Steps, of 16 inputs, that a warp has in flight.
-    static constexpr int kDepth = NT > 1 ? 1 : BYTES == 16 ? (kOnHopper ? 3 : 2) : BYTES == 4 || RING ? 8 : 6;
+    static constexpr int kFastest = BYTES == 16 ? (kOnHopper ? 3 : 2) : BYTES == 4 || RING ? 8 : 6;
+    static constexpr int kDepth = DEPTH > 0 ? DEPTH : kFastest;
     static constexpr int kRound = kDepth * WARPS;  // steps of all warps until a warp is where it was
     static constexpr int kThreads = 32 * WARPS;
     static constexpr int kRingBytes = RING ? kDepth * 4 * BYTES * kThreads : 0;
@@ -92,7 +93,7 @@ struct Product {
     int inputs, steps, warp;  // whole steps
     char* ring;               // of this thread
     Bits held[RING ? 1 : kDepth][4];
-    float sums[kTensor ? kVec / 2 * NT : kColumns][kTensor ? 4 : kVec];
+    float sums[kTensor ? kVec / 2 : kColumns][kTensor ? 4 : kVec];
 
     // Of kOutputs outputs from `first` on; those past the end are read as others, in vain.
     __device__ __forceinline__ Product(const T* weights, int inputs, int outputs, int first, int warp, char* ring)
@@ -167,18 +168,17 @@ struct Product {
 #pragma unroll 1
         for (; step < steps; step += kRound) {
             uint2 given[kDepth];  // of x, before anything is waited for
-            if constexpr (kTensor && NT == 1) {
+            if constexpr (kTensor) {
 #pragma unroll
-                for (int d = 0; d < kDepth; d++) given[d] = x.four(16 * min(step + d * WARPS, steps - 1) + lane_k(), 0);
+                for (int d = 0; d < kDepth; d++) given[d] = x.four(16 * min(step + d * WARPS, steps - 1) + lane_k());
             }
 #pragma unroll
             for (int d = 0; d < kDepth; d++) {
                 if (step + d * WARPS < steps) {
                     Bits now[4];
                     take(now, d);
-                    if constexpr (kTensor && NT == 1) {
-                        const uint2 own[1] = {given[d]};
-                        multiply_given(now, own);
+                    if constexpr (kTensor) {
+                        multiply_given(now, given[d]);
                     } else {
                         multiply(now, x, 16 * (step + d * WARPS));
                     }
@@ -204,26 +204,21 @@ struct Product {
         multiply(last, x, 16 * steps);
     }
 
-    template <int COLUMNS>
-    __device__ __forceinline__ void multiply_given(const Bits (&now)[4], const uint2 (&given)[COLUMNS]) {
+    __device__ __forceinline__ void multiply_given(const Bits (&now)[4], uint2 given) {
         uint32_t w[4][BYTES / 4];
         memcpy(w, now, sizeof(w));
 #pragma unroll
         for (int p = 0; p < BYTES / 4; p++) {
             const uint32_t a[4] = {__byte_perm(w[0][p], w[1][p], 0x5410), __byte_perm(w[0][p], w[1][p], 0x7632),
                                    __byte_perm(w[2][p], w[3][p], 0x5410), __byte_perm(w[2][p], w[3][p], 0x7632)};
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) multiply_add<T>(sums[p * NT + j], a, given[j].x, given[j].y);
+            multiply_add<T>(sums[p], a, given.x, given.y);
         }
     }
 
     __device__ __forceinline__ void multiply(const Bits (&now)[4], const SharedX<T>& x, int k) {
         k += lane_k();
         if constexpr (kTensor) {
-            uint2 given[NT];
-#pragma unroll
-            for (int j = 0; j < NT; j++) given[j] = x.four(k, j);
-            multiply_given(now, given);
+            multiply_given(now, x.four(k));
         } else {
             T w[4][kVec];
             memcpy(w, now, sizeof(w));
@@ -246,16 +241,12 @@ struct Product {
         to += warp * rows * kOutputs + g * kVec;
         if constexpr (kTensor) {
 #pragma unroll
-            for (int j = 0; j < NT; j++) {
+            for (int c = 0; c < 2; c++) {
+                const int row = 2 * t + c;
+                if (row >= rows) continue;
 #pragma unroll
-                for (int c = 0; c < 2; c++) {
-                    const int row = kColumns * j + 2 * t + c;
-                    if (row >= rows) continue;
-#pragma unroll
-                    for (int p = 0; p < kVec / 2; p++) {
-                        const float* const of = sums[p * NT + j];
-                        *reinterpret_cast<float2*>(to + row * kOutputs + 2 * p) = make_float2(of[c], of[c + 2]);
-                    }
+                for (int p = 0; p < kVec / 2; p++) {
+                    *reinterpret_cast<float2*>(to + row * kOutputs + 2 * p) = make_float2(sums[p][c], sums[p][c + 2]);
                 }
             }
         } else {

@@ -1,12 +1,12 @@
-"""A decode step as the bare chain of our kernels, beside the step of mamba_ssm on the same random weights.
+"""A decode step as the bare operator for a whole model, beside the step of mamba_ssm on the same random weights.
 
     mamba-deploy plugin build --kernels-only
     python samples/bench_chains.py --mamba-ssm DIR --models mamba-2.8b,mamba2-2.7b --batch 1,64
 
-The operator that an engine is made of runs this chain, after a kernel that looks the embedding up; here PyTorch does.
-No checkpoint, export or engine is needed, so models of billions of parameters are measured in seconds. Needs PyTorch
-for CUDA and, for the peer, what bench_peers.py needs, which says how the contenders take turns, what a peer is and what
-the limit is. Their logits are compared first.
+It is the operator that an engine is made of, called as its plugin calls it. No checkpoint, export or engine is needed,
+so models of billions of parameters are measured in seconds. Needs PyTorch for CUDA and, for the peer, what
+bench_peers.py needs, which says how the contenders take turns, what a peer is and what the limit is. Their logits are
+compared first.
 """
 
 from __future__ import annotations
@@ -107,55 +107,51 @@ def _random(name: str, shape: torch.Size) -> Tensor:
 
 
 class Chain:
-    """Our kernels over the weights of the reference, as our files store them, beside a state."""
+    """The operator for a whole model over the weights of the reference, as our files store them, beside a state."""
 
     def __init__(self, model: MambaModel, kernels: Any, batch: int, state_dtype: torch.dtype = torch.float32) -> None:
         c, weight = model.config, model.embedding.weight
         self.config, self.model, self.kernels = c, model, kernels
         new = functools.partial(torch.zeros, device=weight.device)
-        products = ("in_proj", "out_proj") + (("x_proj", "dt_proj") if c.generation == "mamba" else ())
-        self.products = [
-            {name: getattr(layer.mixer, name).weight.t().contiguous() for name in products} for layer in model.layers
-        ]
-        self.conv = [new(batch, *c.conv_state_shape, dtype=weight.dtype) for _ in model.layers]
-        self.ssm = [new(batch, *c.ssm_state_shape, dtype=state_dtype) for _ in model.layers]
-        self.lengths = new(batch, dtype=torch.int32) + 1
-        self.streams = [new(batch, 1, c.d_model) for _ in range(2)]  # the residual one, in turns
-        self.projected = new(batch, 1, self.products[0]["in_proj"].shape[1], dtype=weight.dtype)
-        self.y = new(batch, 1, c.d_inner, dtype=weight.dtype)
-        self.low = new(batch, 1, c.dt_rank + 2 * c.d_state, dtype=weight.dtype)
+        self.layers: list[dict[str, Any]] = []
+        for layer in model.layers:
+            m = layer.mixer
+            names = ("in_proj", "out_proj") + (("x_proj", "dt_proj") if c.generation == "mamba" else ())
+            conv = new(batch, *c.conv_state_shape, dtype=weight.dtype)
+            ssm = new(batch, *c.ssm_state_shape, dtype=state_dtype)
+            norm = None if c.generation == "mamba" or m.norm is None else m.norm.weight
+            weights = {name: getattr(m, name).weight.t().contiguous() for name in names}
+            biases = {"in_proj_bias": m.in_proj.bias, "conv_bias": m.conv_bias, "out_proj_bias": m.out_proj.bias}
+            scan = {"A": m.A, "D": m.D, "dt_bias": m.dt_bias, "ssm_state": ssm, "ssm_state_out": ssm}
+            others = {"norm_weight": layer.norm.weight, "gate_norm": norm, "conv_weight": m.conv_weight}
+            states = {"conv_state": conv, "conv_state_out": conv}
+            self.layers.append(weights | biases | scan | others | states)
+        self.conv, self.ssm = ([layer[name] for layer in self.layers] for name in ("conv_state", "ssm_state"))
+        self.ids, self.lengths = new(batch, 1, dtype=torch.int32), new(batch, dtype=torch.int32) + 1
         self.logits = new(batch, c.vocab_size)
-        sizes = {"batch": batch, "length": 1, "channels": c.d_inner, "width": c.d_model, "groups": c.n_groups}
-        largest = kernels.workspace_bytes("out_proj", dtype=str(weight.dtype).removeprefix("torch."), **sizes)
-        self.workspace = new(max(largest, 1), dtype=torch.uint8)
+        sizes = {
+            "batch": batch, "length": 1, "layers": len(self.layers), "width": c.d_model, "inner": c.d_inner,
+            "outputs": self.layers[0]["in_proj"].shape[1], "channels": c.conv_channels, "conv_width": c.d_conv,
+            "state_size": c.d_state, "vocab": c.vocab_size,
+        }  # fmt: skip
+        if c.generation == "mamba":
+            sizes["rank"] = c.dt_rank
+        else:
+            del sizes["inner"]
+            sizes |= {"heads": c.n_heads, "head_dim": c.head_dim, "groups": c.n_groups}
+        types = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, state_dtype))
+        needed = kernels.workspace_bytes("model", **dict(zip(("dtype", "state_dtype"), types, strict=True)), **sizes)
+        self.workspace = new(needed, dtype=torch.uint8)
 
     def read(self, tokens: Tensor) -> Tensor:
         """[B] tokens onto the state -> logits [B, V]."""
-        c, model, shared = self.config, self.model, {"workspace": self.workspace, "stream": _stream()}
-        hidden, other = self.streams
-        hidden.copy_(model.embedding(tokens)[:, None])
-        for layer, products, conv, ssm in zip(model.layers, self.products, self.conv, self.ssm, strict=True):
-            m, norm = layer.mixer, None
-            self.kernels.in_proj(
-                hidden, layer.norm.weight, products["in_proj"], m.in_proj.bias, m.conv_weight, m.conv_bias, conv,
-                self.lengths, c.norm_eps, c.d_inner if c.generation == "mamba2" else 0,
-                y=self.projected, state_out=conv, **shared,
-            )  # fmt: skip
-            scan = (m.A, m.D, m.dt_bias, ssm, self.lengths)
-            if c.generation == "mamba":
-                self.kernels.x_proj(self.projected, products["x_proj"], y=self.low, **shared)
-                self.kernels.selective_update(
-                    self.projected, self.low, products["dt_proj"], *scan, -1.0, y=self.y, state_out=ssm, **shared
-                )
-            else:
-                options = (True, c.dt_min, c.dt_max, c.n_groups)
-                self.kernels.ssd_update(self.projected, *scan, *options, y=self.y, state_out=ssm, **shared)
-                norm = m.norm.weight
-            self.kernels.out_proj(
-                self.y, norm, products["out_proj"], m.out_proj.bias, hidden, c.norm_eps, c.n_groups, y=other, **shared
-            )
-            hidden, other = other, hidden
-        self.kernels.head(hidden, model.norm_f.weight, model.embedding.weight, c.norm_eps, y=self.logits, **shared)
+        c, weight = self.config, self.model.embedding.weight
+        self.ids.copy_(tokens[:, None])
+        limits = () if c.generation == "mamba" else (c.dt_min, c.dt_max, c.n_groups)
+        self.kernels.model(
+            self.ids, self.lengths, weight, self.model.norm_f.weight, None, self.layers, c.norm_eps, -1.0, *limits,
+            logits=self.logits, workspace=self.workspace, stream=_stream(),
+        )  # fmt: skip
         return self.logits
 
 

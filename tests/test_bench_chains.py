@@ -1,4 +1,4 @@
-"""samples/bench_chains.py without a GPU: the chain, made of the operators' references, is the step of the model; and
+"""samples/bench_chains.py without a GPU: the chain, made of the operator's reference, is the step of the model; and
 samples/plot_decode.py."""
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> Any:
 class References:
     """What ``plugins/kernels.py`` offers, of the references."""
 
-    def workspace_bytes(self, op: str, dtype: str, **sizes: int) -> int:
+    def workspace_bytes(self, op: str, dtype: str, state_dtype: str, **sizes: int) -> int:
         return launches.workspace_bytes(op, SIGNATURES[op].struct(**sizes))
 
-    def __getattr__(self, op: str) -> Any:
-        def call(*args: Any, y: torch.Tensor, workspace: Any, stream: int, state_out: Any = None) -> None:
-            made = getattr(step_ops, op)(*args)
-            for to, value in zip((y, state_out), made if isinstance(made, tuple) else (made,), strict=False):
-                to.copy_(value)
-
-        return call
+    def model(self, *args: Any, logits: torch.Tensor, workspace: torch.Tensor, stream: int) -> None:
+        assert workspace.numel() > 0
+        made, states = step_ops.model(*args)
+        logits.copy_(made)
+        for layer, (conv, ssm) in zip(args[5], states, strict=True):
+            layer["conv_state_out"].copy_(conv)
+            layer["ssm_state_out"].copy_(ssm)
 
 
 @pytest.mark.parametrize(("family", "options"), [("mamba", {}), ("mamba2", {}), ("mamba2", {"n_groups": 2})])

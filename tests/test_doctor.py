@@ -109,7 +109,7 @@ class Machine:
         self.install("cuda-bindings", CUDA["cuda-bindings"], None)
         self.write("site-packages/cuda/bindings/driver.py", "")
         self.write("site-packages/cuda/bindings/nvrtc.py", nvrtc)
-        functions = ("Create_v2", "SetStream_v2", "SetWorkspace_v2", "SetMathMode", "GemmEx")
+        functions = ("Create_v2", "SetStream_v2", "SetWorkspace_v2", "SetMathMode", "GemmStridedBatchedEx")
         source = self.write("cublas.c", "".join(f"int cublas{name}(void) {{ return 1; }}\n" for name in functions))
         self.compile(source, self.write("site-packages/nvidia/cublas/lib/libcublas.so.12", ""))
 

@@ -135,19 +135,21 @@ int cublasSetWorkspace_v2(void*, void* workspace, size_t bytes) {
     return 0;
 }
 int cublasSetMathMode(void*, int math) { handle.math = math; return 0; }
-int cublasGemmEx(void*, int first, int second, int m, int n, int k, const float* alpha, const void* a, int a_type,
-                 int a_row, const void* b, int b_type, int b_row, const float* beta, void* c, int c_type, int c_row,
-                 int compute, int algorithm) {
+int cublasGemmStridedBatchedEx(void*, int first, int second, int m, int n, int k, const float* alpha, const void* a,
+                               int a_type, int a_row, long long a_part, const void* b, int b_type, int b_row,
+                               long long b_part, const float* beta, void* c, int c_type, int c_row, long long c_part,
+                               int parts, int compute, int algorithm) {
     const int64_t numbers[] = {
-        first, second, m, n, k, (int64_t)*alpha, (int64_t)a, a_type, a_row, (int64_t)b, b_type, b_row, (int64_t)*beta,
-        (int64_t)c, c_type, c_row, compute, algorithm, (int64_t)handle.workspace, (int64_t)handle.bytes, handle.math};
+        first, second, m, n, k, (int64_t)*alpha, (int64_t)a, a_type, a_row, a_part, (int64_t)b, b_type, b_row, b_part,
+        (int64_t)*beta, (int64_t)c, c_type, c_row, c_part, parts, compute, algorithm, (int64_t)handle.workspace,
+        (int64_t)handle.bytes, handle.math};
     record(numbers);
     return 0;
 }
 }
 """
 ProductRecorder = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))
-NUMBERS = 21
+NUMBERS = 25
 
 Recorder = ctypes.CFUNCTYPE(
     None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)
@@ -352,9 +354,11 @@ def wanted_of(planned: Launch | Gemm) -> Any:
     p = planned
     if isinstance(p, Gemm):
         kind, y_kind = (0, 2, 14)[p.dtype], 0 if p.wide else (0, 2, 14)[p.dtype]
-        w_row = p.inputs if p.by_outputs else p.outputs
-        product = (p.by_outputs, 0, p.outputs, p.rows, p.inputs, 1, p.w, kind, w_row, p.x, kind, p.x_row)
-        return (*product, p.add, p.y, y_kind, p.outputs, 68, -1, p.workspace, cublas.WORKSPACE_BYTES, 16)
+        k = p.inputs // p.parts
+        w = (p.w, kind, p.inputs, k) if p.by_outputs else (p.w, kind, p.outputs, k * p.outputs)
+        y = (p.add, p.y, y_kind, p.outputs, p.rows * p.outputs)
+        product = (p.by_outputs, 0, p.outputs, p.rows, k, 1, *w, p.x, kind, p.x_row, k, *y, p.parts)
+        return (*product, 68, -1, p.workspace, cublas.WORKSPACE_BYTES, 16)
     sizes = ((*p.grid, 1, 1)[:3], (*p.threads, 1, 1)[:3], p.cluster)
     return (canonical(p.kernel), *sizes, p.shared, [bytes(a) for a in p.arguments])
 

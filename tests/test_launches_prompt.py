@@ -67,8 +67,9 @@ class Host:
         assert p.workspace == self.workspace
         x = self.at(p.x, (p.rows, p.inputs), T, p.x_row).float()
         w = self.at(p.w, (p.outputs, p.inputs), T).t() if p.by_outputs else self.at(p.w, (p.inputs, p.outputs), T)
-        y = self.at(p.y, (p.rows, p.outputs), F32 if p.wide else T)
-        result = x @ w.float()
+        y = self.at(p.y, (p.parts, p.rows, p.outputs), F32 if p.wide else T)
+        pairs = zip(x.chunk(p.parts, dim=1), w.float().chunk(p.parts, dim=0), strict=True)
+        result = torch.stack([inputs @ weights for inputs, weights in pairs])
         y.copy_(result + y.float() if p.add else result)
 
     def _embed_rows_kernel(self, one: Launch, parameters: list[str]) -> None:
@@ -86,6 +87,9 @@ class Host:
             x = ops.last_token(tokens.float().contiguous(), lengths)
         else:
             x = self.at(a.x, shape, X, a.x_row).float()
+        if a.sums:
+            x = x + self.at(a.sums, (4, *shape), F32).sum(0)
+            self.at(a.total, shape, F32).copy_(x)
         if a.z:
             x = x * torch.nn.functional.silu(self.at(a.z, shape, T, a.z_row).float())
         if a.eps >= 0:

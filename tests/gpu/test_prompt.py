@@ -127,6 +127,20 @@ def test_ids_out_of_range_are_the_nearest() -> None:
     assert torch.equal(found, run(model).logits)
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["two-buffers", "one-buffer"])
+@pytest.mark.parametrize("T", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize(
+    "case", ["mamba", "mamba-norms", "mamba-odd", "mamba2", "mamba2-groups", "mamba2-no-norm", "mamba2-odd"]
+)
+def test_a_token_of_many_rows(case: str, T: torch.dtype, same: bool) -> None:
+    """Of as many as products are cuBLAS's from: few of them and wide, or more; out_proj in parts up to 128."""
+    for B, width in ((33, 2048), (128, 2056), (131, 64)):
+        model = Model(Sizes(**{**CASES[case], "width": width}), B, 1, T, seed=B)
+        call = run(model, same=same)
+        check(call, model)
+        assert not bits(call.logits.cpu()[model.fixed["seq_lens"] == 0]).any(), "of a row that read nothing"
+
+
 @pytest.mark.parametrize("case", ["mamba-130m", "mamba2-130m", "mamba2-groups"])
 def test_a_prompt_in_two_parts(case: str) -> None:
     """The state carries over."""
