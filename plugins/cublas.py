@@ -56,9 +56,7 @@ def find() -> ctypes.CDLL:
         except (OSError, AttributeError):
             continue
         return library
-    raise PluginError(
-        "libcublas was not found", hint="pip install nvidia-cublas-cu12, or install the libraries of CUDA"
-    )
+    raise PluginError("libcublas was not found", hint=MISSING_HINT)
 
 
 @cache

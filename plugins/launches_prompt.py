@@ -48,7 +48,7 @@ class _Buffers:
         row = c.batch * c.length * BYTES[c.dtype]
         self.blas = self._take(WORKSPACE_BYTES)
         self.hidden = self._take(4 * c.batch * c.length * c.width)
-        self.sums = self._take(4 * _sums_of(c) * c.batch * c.width) if _sums_of(c) > 1 else 0
+        self.sums = self._take(4 * _SUMS * c.batch * c.width) if _has_sums(c) else 0
         self.normal = self.y = self._take(row * max(c.width, c.inner))
         self.projected = self._take(row * c.outputs)
         self.convolved = self._take(row * c.channels)
@@ -69,10 +69,8 @@ class _Buffers:
         return taken
 
 
-def _sums_of(c: Any) -> int:
-    """In how many parts out_proj sums its inputs."""
-    split = c.length == 1 and c.batch <= _SPLIT_ROWS and c.inner % (8 * _SUMS) == 0
-    return _SUMS if split else 1
+def _has_sums(c: Any) -> bool:
+    return bool(c.length == 1 and c.batch <= _SPLIT_ROWS and c.inner % (8 * _SUMS) == 0)
 
 
 def _low_row(c: Any) -> int:
@@ -126,7 +124,7 @@ class _Prompt:
             else:
                 self._first(layer)
             out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
-            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, at.blas, _sums_of(c)))
+            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, at.blas, _SUMS if at.sums else 1))
             self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
         last = not c.all_logits
         self._norm_hidden(c.norm_weight, last, True)

@@ -153,11 +153,8 @@ def _is_together(a: _Linear) -> bool:
 
 def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
     """The cut that leaves the fullest multiprocessor the fewest bytes to move, as in ``step.cu``."""
-    stages, most, pitch = (
-        ceil_div(a.inputs, _TILE_INPUTS),
-        1 if of_head or device.major < 9 else 8,
-        2 * _TILE_INPUTS + 16,
-    )
+    stages, most = ceil_div(a.inputs, _TILE_INPUTS), 1 if of_head or device.major < 9 else 8
+    pitch = 2 * _TILE_INPUTS + 16
     cuts = []
     for tiles in (1, 2, 4)[: 1 + (a.batch > 16) + (a.batch > 32)]:
         rows, turns = 16 * tiles, 2 if tiles == 4 else 4
@@ -219,9 +216,8 @@ def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
         held = rows * 128 * warps * BYTES[call.state_dtype] if many else 0
         return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels + held
 
-    kernel, of = "update_kernel", rows if rows <= 2 else _COLUMNS
-    if many:
-        kernel, of = "update_rows_kernel", TYPES[call.state_dtype]
+    at_most = rows if rows <= 2 else _COLUMNS
+    kernel, of = ("update_rows_kernel", TYPES[call.state_dtype]) if many else ("update_kernel", str(at_most))
     while rows > 1 and nbytes(rows) > device.shared_bytes:
         rows -= 1
     name = kernel_name("scan", kernel, TYPES[call.dtype], of)

@@ -26,11 +26,9 @@ int64_t tokens_of(const MambaModel& m) { return int64_t{m.batch} * m.length; }
 
 constexpr int kSplitRows = 128;
 
-// In how many sums out_proj comes, each of as many inputs, which the norm after it adds to the residual stream. Of few rows
-// cuBLAS has to split the inputs to fill the GPU, and would add the sums in a kernel of its own.
-int32_t sums_of(const MambaModel& m) {
-    return m.length == 1 && m.batch <= kSplitRows && m.inner % (8 * kSums) == 0 ? kSums : 1;
-}
+// Whether out_proj comes in kSums sums, each of as many inputs, which the norm after it adds to the residual stream. Of few
+// rows cuBLAS has to split the inputs to fill the GPU, and would add the sums in a kernel of its own.
+bool has_sums(const MambaModel& m) { return m.length == 1 && m.batch <= kSplitRows && m.inner % (8 * kSums) == 0; }
 
 int32_t low_row(const MambaModel& m) { return m.rank + 2 * m.state_size; }
 
@@ -76,7 +74,7 @@ struct Buffers {
         const int64_t tokens = tokens_of(m), row = tokens * item_bytes(m.dtype);
         blas = take(blas::kWorkspace);
         hidden = static_cast<float*>(take(4 * tokens * m.width));
-        sums = sums_of(m) > 1 ? static_cast<float*>(take(4 * sums_of(m) * tokens * m.width)) : nullptr;
+        sums = has_sums(m) ? static_cast<float*>(take(4 * kSums * tokens * m.width)) : nullptr;
         normal = y = take(row * std::max(m.width, m.inner));
         projected = take(row * m.outputs);
         convolved = take(row * m.channels);
@@ -219,7 +217,7 @@ class Prompt {
         const bool apart = at_.sums != nullptr;
         return in_turn(
             [&] { return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
-                                        apart ? at_.sums : at_.hidden, true, !apart, sums_of(m_)}); },
+                                        apart ? at_.sums : at_.hidden, true, !apart, apart ? kSums : 1}); },
             [&] { return bias<float, true>(layer.out_proj_bias, at_.hidden, m_.width); });
     }
 

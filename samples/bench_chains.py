@@ -106,41 +106,48 @@ def _random(name: str, shape: torch.Size) -> Tensor:
     return torch.ones(shape) if leaf == "D" or "norm" in name else 0.02 * torch.randn(shape)
 
 
+def layer_arrays(layer: Any, config: MambaConfig, batch: int, state_dtype: torch.dtype) -> dict[str, Any]:
+    """By their names in ``MambaLayer``, weights as our files store them; states of zeros go out where they came in."""
+    m, new = layer.mixer, functools.partial(torch.zeros, device=layer.norm.weight.device)
+    mamba = config.generation == "mamba"
+    names = ("in_proj", "out_proj") + (("x_proj", "dt_proj") if mamba else ())
+    conv = new(batch, *config.conv_state_shape, dtype=m.in_proj.weight.dtype)
+    ssm = new(batch, *config.ssm_state_shape, dtype=state_dtype)
+    products = {name: getattr(m, name).weight.t().contiguous() for name in names}
+    biases = {"in_proj_bias": m.in_proj.bias, "conv_bias": m.conv_bias, "out_proj_bias": m.out_proj.bias}
+    norms = {"norm_weight": layer.norm.weight, "gate_norm": None if mamba or m.norm is None else m.norm.weight}
+    scan = {"conv_weight": m.conv_weight, "A": m.A, "D": m.D, "dt_bias": m.dt_bias}
+    states = {"conv_state": conv, "conv_state_out": conv, "ssm_state": ssm, "ssm_state_out": ssm}
+    return products | biases | norms | scan | states
+
+
+def operator_sizes(config: MambaConfig, batch: int, length: int) -> dict[str, int]:
+    """Of a call for the whole model, by their names in the struct."""
+    c, mamba = config, config.generation == "mamba"
+    inner = {"rank": c.dt_rank} if mamba else {"heads": c.n_heads, "head_dim": c.head_dim, "groups": c.n_groups}
+    return {
+        "batch": batch, "length": length, "layers": c.n_layer, "width": c.d_model, "inner": c.d_inner,
+        "outputs": c.d_inner + c.conv_channels + (0 if mamba else c.n_heads), "channels": c.conv_channels,
+        "conv_width": c.d_conv, "state_size": c.d_state, "vocab": c.vocab_size, **inner,
+    }  # fmt: skip
+
+
 class Chain:
-    """The operator for a whole model over the weights of the reference, as our files store them, beside a state."""
+    """The operator for a whole model over the weights of the reference, beside a state."""
 
     def __init__(self, model: MambaModel, kernels: Any, batch: int, state_dtype: torch.dtype = torch.float32) -> None:
         c, weight = model.config, model.embedding.weight
         self.config, self.model, self.kernels = c, model, kernels
         new = functools.partial(torch.zeros, device=weight.device)
-        self.layers: list[dict[str, Any]] = []
-        for layer in model.layers:
-            m = layer.mixer
-            names = ("in_proj", "out_proj") + (("x_proj", "dt_proj") if c.generation == "mamba" else ())
-            conv = new(batch, *c.conv_state_shape, dtype=weight.dtype)
-            ssm = new(batch, *c.ssm_state_shape, dtype=state_dtype)
-            norm = None if c.generation == "mamba" or m.norm is None else m.norm.weight
-            weights = {name: getattr(m, name).weight.t().contiguous() for name in names}
-            biases = {"in_proj_bias": m.in_proj.bias, "conv_bias": m.conv_bias, "out_proj_bias": m.out_proj.bias}
-            scan = {"A": m.A, "D": m.D, "dt_bias": m.dt_bias, "ssm_state": ssm, "ssm_state_out": ssm}
-            others = {"norm_weight": layer.norm.weight, "gate_norm": norm, "conv_weight": m.conv_weight}
-            states = {"conv_state": conv, "conv_state_out": conv}
-            self.layers.append(weights | biases | scan | others | states)
+        self.layers = [layer_arrays(layer, c, batch, state_dtype) for layer in model.layers]
         self.conv, self.ssm = ([layer[name] for layer in self.layers] for name in ("conv_state", "ssm_state"))
         self.ids, self.lengths = new(batch, 1, dtype=torch.int32), new(batch, dtype=torch.int32) + 1
         self.logits = new(batch, c.vocab_size)
-        sizes = {
-            "batch": batch, "length": 1, "layers": len(self.layers), "width": c.d_model, "inner": c.d_inner,
-            "outputs": self.layers[0]["in_proj"].shape[1], "channels": c.conv_channels, "conv_width": c.d_conv,
-            "state_size": c.d_state, "vocab": c.vocab_size,
-        }  # fmt: skip
-        if c.generation == "mamba":
-            sizes["rank"] = c.dt_rank
-        else:
-            del sizes["inner"]
-            sizes |= {"heads": c.n_heads, "head_dim": c.head_dim, "groups": c.n_groups}
-        types = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, state_dtype))
-        needed = kernels.workspace_bytes("model", **dict(zip(("dtype", "state_dtype"), types, strict=True)), **sizes)
+        sizes = operator_sizes(c, batch, 1)
+        if c.generation == "mamba2":
+            del sizes["inner"]  # which the kernels make of the heads
+        dtype, of_state = (str(given).removeprefix("torch.") for given in (weight.dtype, state_dtype))
+        needed = kernels.workspace_bytes("model", dtype=dtype, state_dtype=of_state, **sizes)
         self.workspace = new(needed, dtype=torch.uint8)
 
     def read(self, tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import measured
 import torch
-from bench_chains import random_model
+from bench_chains import layer_arrays, operator_sizes, random_model
 from bench_kernels import calibrate
 from bench_peers import config_of, counts, names
 from torch import Tensor
@@ -51,16 +51,13 @@ def main(
     opened = ctypes.CDLL(str(library or kernels_library()))
     for name in models:
         model = random_model(config_of(name))
-        weights = [
-            {p: getattr(layer.mixer, p).weight.t().contiguous() for p in _products(model)} for layer in model.layers
-        ]
         for length in lengths:
-            prompt = Prompt(opened, model, weights, length)
+            prompt = Prompt(opened, model, length)
             prompt.launch()
             contenders = {
                 "graph": graph_of(prompt.launch),
                 "eager": prompt.launch,
-                PRODUCTS: graph_of(products_of(model, weights, length)),
+                PRODUCTS: graph_of(products_of(model, prompt.products, length)),
             }
             times = take_turns(contenders, turns)
             host = _host_ms(prompt.launch)
@@ -86,41 +83,25 @@ def main(
                 measured.write(write, rows, machine=machine.text, packages=packages, on_gpu=True)
             del prompt, contenders
             torch.cuda.empty_cache()
-        del model, weights
+        del model
         torch.cuda.empty_cache()
-
-
-def _products(model: MambaModel) -> list[str]:
-    low = ["x_proj", "dt_proj"] if model.config.generation == "mamba" else []
-    return ["in_proj", *low, "out_proj"]
 
 
 class Prompt:
     """The call of one row onto a state of zeros; every launch reads the same state."""
 
-    def __init__(self, library: ctypes.CDLL, model: MambaModel, weights: list[dict[str, Tensor]], length: int) -> None:
+    def __init__(self, library: ctypes.CDLL, model: MambaModel, length: int) -> None:
         c, weight = model.config, model.embedding.weight
         new = functools.partial(torch.zeros, device=weight.device)
-        mamba = c.generation == "mamba"
         self.library, self.kept = library, []
         layers = []
-        for layer, products in zip(model.layers, weights, strict=True):
-            m = layer.mixer
-            states = {
-                f"{name}_state{out}": new(1, *shape, dtype=dtype)
-                for name, shape, dtype in (
-                    ("conv", c.conv_state_shape, weight.dtype),
-                    ("ssm", c.ssm_state_shape, torch.float32),
-                )
-                for out in ("", "_out")
-            }
-            norm = None if mamba or m.norm is None else m.norm.weight
-            tensors = {
-                "norm_weight": layer.norm.weight, "conv_weight": m.conv_weight, "conv_bias": m.conv_bias, "A": m.A,
-                "D": m.D, "dt_bias": m.dt_bias, "gate_norm": norm, **products, **states,
-            }  # fmt: skip
+        for layer in model.layers:
+            tensors = layer_arrays(layer, c, 1, torch.float32)
+            tensors |= {f"{name}_out": torch.zeros_like(tensors[name]) for name in ("conv_state", "ssm_state")}
             self.kept.append(tensors)
             layers.append(structs.MambaLayer(**_addresses(tensors)))
+        projections = ("in_proj", "x_proj", "dt_proj", "out_proj")
+        self.products = [{name: of[name] for name in projections if name in of} for of in self.kept]
         self.each = (structs.MambaLayer * len(layers))(*layers)
         fixed = {
             "input_ids": torch.randint(0, c.vocab_size, (1, length), device=weight.device, dtype=torch.int32),
@@ -131,12 +112,9 @@ class Prompt:
             "logits": new(1, c.vocab_size),
         }
         self.kept.append(fixed)
-        inner = {"rank": c.dt_rank} if mamba else {"heads": c.n_heads, "head_dim": c.head_dim, "groups": c.n_groups}
         self.struct = structs.MambaModel(
-            batch=1, length=length, layers=len(layers), width=c.d_model, outputs=weights[0]["in_proj"].shape[1],
-            channels=c.conv_channels, conv_width=c.d_conv, inner=c.d_inner, state_size=c.d_state, vocab=c.vocab_size,
-            dtype=1, state_dtype=0, eps=c.norm_eps, norm_eps=-1.0, dt_min=c.dt_min, dt_max=c.dt_max,
-            each=ctypes.addressof(self.each), **inner, **_addresses(fixed),
+            **operator_sizes(c, 1, length), dtype=1, state_dtype=0, eps=c.norm_eps, norm_eps=-1.0, dt_min=c.dt_min,
+            dt_max=c.dt_max, each=ctypes.addressof(self.each), **_addresses(fixed),
         )  # fmt: skip
         needed = library.mamba_model_workspace
         needed.restype = ctypes.c_size_t
