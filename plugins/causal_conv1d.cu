@@ -15,7 +15,7 @@
 #include "strided.h"
 #endif
 
-#include "common.cuh"
+#include "step_common.cuh"
 
 namespace mamba {
 namespace conv {
@@ -218,6 +218,9 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a,
     T* fresh = static_cast<T*>(a.conv_state_out) + (b * C + first) * (width - 1);
     const int elements = min(kStepThreads * kVec, C - first) * (width - 1);
 
+    let_next_start();
+    Kernel filter(a, min(c, C - kVec));
+    wait_for_previous();
     Pack<T, kVec> x{};
     if (c < C) x = load<T, kVec>(static_cast<const T*>(a.x) + b * row + c);  // which y may overwrite
     const bool used = a.seq_lens[b] > 0;
@@ -229,7 +232,6 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(MambaCausalConv1d a,
         const int i = (k * kStepThreads + threadIdx.x) * kMoved;
         if (i < elements) moved[k] = load<T, kMoved>(old + i);
     }
-    Kernel filter(a, min(c, C - kVec));
 #pragma unroll
     for (int k = 0; k < kMoves; k++) {
         const int i = (k * kStepThreads + threadIdx.x) * kMoved;
@@ -286,8 +288,11 @@ cudaError_t step(const MambaCausalConv1d& a, int32_t row, cudaStream_t stream) {
     const int64_t channel_blocks = ceil_div(a.channels, kStepThreads * kVec);
     if (channel_blocks > 65535) return cudaErrorInvalidValue;
     const dim3 grid(a.batch, static_cast<unsigned>(channel_blocks));
-    step_kernel<T, kWidth, kVec><<<grid, kStepThreads, 0, stream>>>(a, row);
-    return cudaGetLastError();
+    const auto kernel = step_kernel<T, kWidth, kVec>;
+    Device device;
+    const cudaError_t error = device.read(kernel);
+    if (error != cudaSuccess) return error;
+    return launch_early(kernel, grid, kStepThreads, 0, 1, device.major >= 9, stream, MambaCausalConv1d(a), int32_t{row});
 }
 
 template <typename T, int kWidth, int kVec>

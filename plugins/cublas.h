@@ -15,6 +15,7 @@ namespace blas {
 
 constexpr cudaError_t kNotFound = cudaErrorSharedObjectInitFailed;  // there is no cuBLAS
 constexpr size_t kWorkspace = 32 << 20;                             // what cuBLAS wants on Hopper, more than elsewhere
+constexpr size_t kLeastWorkspace = 16 << 10;                        // with which all its functions run
 
 // y = x W, or y + x W; rows of y, x and W are so many values apart.
 struct Product {
@@ -92,10 +93,10 @@ inline cudaError_t as_cuda(int status) {
 // when it is first used on a GPU, though another call is being captured in a graph.
 class Products {
   public:
-    Products(int32_t dtype, void* workspace, cudaStream_t stream) : library_(Library::get()), lock_(library_.mutex) {
+    Products(int32_t dtype, void* workspace, size_t bytes, cudaStream_t stream) : library_(Library::get()), lock_(library_.mutex) {
         type_ = dtype == MAMBA_FLOAT32 ? CUDA_R_32F : dtype == MAMBA_FLOAT16 ? CUDA_R_16F : CUDA_R_16BF;
         cudaThreadExchangeStreamCaptureMode(&mode_);
-        error_ = library_.found ? open(workspace, stream) : kNotFound;
+        error_ = library_.found ? open(workspace, bytes, stream) : kNotFound;
     }
     ~Products() { cudaThreadExchangeStreamCaptureMode(&mode_); }
     Products(const Products&) = delete;
@@ -116,14 +117,14 @@ class Products {
     }
 
   private:
-    cudaError_t open(void* workspace, cudaStream_t stream) {
+    cudaError_t open(void* workspace, size_t bytes, cudaStream_t stream) {
         constexpr int kFullSums = 16;  // CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION, and no TF32
         Library::Handle& handle = library_.handles[current_context()];
         int status = 0;
         if (handle == nullptr) status = library_.create(&handle);
         if (status == 0) status = library_.set_math(handle, kFullSums);
         if (status == 0) status = library_.set_stream(handle, stream);  // which forgets the workspace
-        if (status == 0) status = library_.set_workspace(handle, workspace, kWorkspace);
+        if (status == 0) status = library_.set_workspace(handle, workspace, bytes);
         handle_ = handle;
         return as_cuda(status);
     }

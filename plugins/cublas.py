@@ -16,9 +16,9 @@ from typing import Any
 
 from mamba_deploy.errors import PluginError
 
-__all__ = ["WORKSPACE_BYTES", "find", "run"]
+__all__ = ["LEAST_WORKSPACE_BYTES", "WORKSPACE_BYTES", "find", "run"]
 
-WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES, LEAST_WORKSPACE_BYTES = 32 << 20, 16 << 10  # as in cublas.h
 MISSING_HINT = "pip install nvidia-cublas-cu12, or install the libraries of CUDA"
 _NAMES = ("libcublas.so.13", "libcublas.so.12", "libcublas.so.11")
 _FOLDERS = ("cu13/lib", "cublas/lib")  # of the package nvidia
@@ -76,7 +76,7 @@ def run(gemm: Any, context: int, stream: int) -> None:
     """
     library, handle, kind = find(), _handle(context), _TYPES[gemm.dtype]
     _check(library.cublasSetStream_v2(handle, stream))  # which forgets the workspace
-    _check(library.cublasSetWorkspace_v2(handle, gemm.workspace, WORKSPACE_BYTES))
+    _check(library.cublasSetWorkspace_v2(handle, gemm.workspace, gemm.workspace_bytes))
     one, other = c_float(1.0), c_float(1.0 if gemm.add else 0.0)
     inputs = gemm.inputs // gemm.parts
     w_row, w_part = (gemm.inputs, inputs) if gemm.by_outputs else (gemm.outputs, inputs * gemm.outputs)

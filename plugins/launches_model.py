@@ -18,7 +18,7 @@ from mamba_deploy.plugins.structs import (
 
 __all__ = ["model", "workspace_bytes"]
 
-_WIDE_FROM, _WIDE_ROWS, _NARROW_ROWS = 2048, 33, 129  # d, and rows from that width on and below
+_CHAIN_ROWS = 2
 
 
 def model(call: Any, workspace: int, device: Device) -> list[Any]:
@@ -34,7 +34,8 @@ def workspace_bytes(call: Any) -> int:
 
 def _is_wide(c: Any) -> bool:
     """Whether products are cuBLAS's."""
-    return bool(c.length > 1 or c.batch >= (_WIDE_ROWS if c.width >= _WIDE_FROM else _NARROW_ROWS))
+    work = c.batch * c.width**2
+    return bool(c.length > 1 or (c.batch > _CHAIN_ROWS and work >= (12 if c.heads else 48) << 20))
 
 
 class _Buffers(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from mamba_deploy.plugins import launches_parts as parts
 from mamba_deploy.plugins import launches_scan, launches_ssd
-from mamba_deploy.plugins.cublas import WORKSPACE_BYTES
+from mamba_deploy.plugins.cublas import LEAST_WORKSPACE_BYTES, WORKSPACE_BYTES
 from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
 from mamba_deploy.plugins.launches_conv import causal_conv1d
 from mamba_deploy.plugins.launches_pad import Copy, pad_launch
@@ -18,7 +18,7 @@ from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSel
 __all__ = ["prompt", "workspace_bytes"]
 
 _PART_WARPS, _MOST_NORM_WARPS, _HELD_VALUES = 4, 32, 32
-_FEW_ROWS, _FEW_VALUES, _SUMS, _SPLIT_ROWS = 512, 8, 4, 128
+_FEW_VALUES, _MANY_VALUES, _SUMS, _SPLIT_ROWS = 8, 4 << 20, 4, 128
 
 
 def prompt(call: Any, workspace: int, device: Device) -> list[Launch | Gemm]:
@@ -102,6 +102,7 @@ class _Prompt:
     def __init__(self, c: Any, workspace: int, device: Device) -> None:
         self.c, self.at, self.device = c, _Buffers(c, workspace), device
         self.tokens, self.item, self.T = c.batch * c.length, BYTES[c.dtype], TYPES[c.dtype]
+        self.blas = (self.at.blas, WORKSPACE_BYTES if self.tokens <= _SPLIT_ROWS else LEAST_WORKSPACE_BYTES)
         self.found: list[Launch | Gemm] = []
 
     def run(self) -> list[Launch | Gemm]:
@@ -124,13 +125,13 @@ class _Prompt:
             else:
                 self._first(layer)
             out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
-            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, at.blas, _SUMS if at.sums else 1))
+            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, *self.blas, _SUMS if at.sums else 1))
             self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
         last = not c.all_logits
         self._norm_hidden(c.norm_weight, last, True)
         rows = c.batch if last else self.tokens
         head = (rows, c.width, c.vocab, at.normal, c.width, c.head, True, c.logits, True, False)
-        self.found.append(Gemm(*head, c.dtype, at.blas))
+        self.found.append(Gemm(*head, c.dtype, *self.blas))
         return self.found
 
     # --- the parts of a layer
@@ -183,7 +184,7 @@ class _Prompt:
 
     def _product(self, x: int, inputs: int, x_row: int, w: int, outputs: int, y: int, add: bool) -> None:
         c = self.c
-        self.found.append(Gemm(self.tokens, inputs, outputs, x, x_row, w, False, y, False, add, c.dtype, self.at.blas))
+        self.found.append(Gemm(self.tokens, inputs, outputs, x, x_row, w, False, y, False, add, c.dtype, *self.blas))
 
     def _bias(self, bias: int | None, y: int, width: int, Y: str, add: bool) -> None:
         if bias:
@@ -198,7 +199,7 @@ class _Prompt:
     def _norm(self, a: _Norm, X: str, x_item: int) -> None:
         wide = 16 // x_item
         vectors = (a.weight or 0) % 16 == 0 and a.width % wide == a.x_row % wide == a.z_row % wide == 0
-        few = a.rows * a.groups <= _FEW_ROWS and a.width <= 32 * _MOST_NORM_WARPS * _FEW_VALUES
+        few = a.rows * a.groups * a.width <= _MANY_VALUES and a.width <= 32 * _MOST_NORM_WARPS * _FEW_VALUES
         values = _FEW_VALUES if few else _HELD_VALUES
         warps = ceil_div(a.width, 32 * values)
         rows = max(8 // warps, 1)

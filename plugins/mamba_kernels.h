@@ -110,7 +110,7 @@ typedef struct MambaSelectiveUpdate {
     int32_t batch, length, row, low_row, rank, channels, state_size; /* B, 1, X = 2 D, E = R + 2 N, R, D, N (1 to 256) */
     int32_t dtype, state_dtype;
     float norm_eps;           /* of a norm of each part of low (Falcon-Mamba); negative: none */
-    const void* xz;           /* [B, 1, 2 D] T, x convolved */
+    const void* xz;           /* [B, 1, 2 D] T, x convolved; at a multiple of 16 bytes, like the next two */
     const void* low;          /* [B, 1, R + 2 N] T */
     const void* dt_weight;    /* [R, D] T */
     const float* A;           /* [D, N], negative */

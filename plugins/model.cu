@@ -8,7 +8,7 @@ namespace mamba {
 namespace model {
 namespace {
 
-constexpr int kWideFrom = 2048, kWideRows = 33, kNarrowRows = 129;  // d, and rows from that width on and below
+constexpr int kChainRows = 2;  // that the parts of a step always take
 
 // --- the parts, as calls ------------------------------------------------------------------------------------------
 
@@ -128,9 +128,13 @@ bool is_valid(const MambaModel& c) {
     });
 }
 
-// Whether products by cuBLAS, and what then are kernels of their own around them, are faster than the parts of a step: on an
-// H200, of d 2048 and 64 rows (2839 and 3113 us, a step of mamba-1.4b), not of 16 (2154 and 1850), nor of d 768 and 64.
-bool is_wide(const MambaModel& c) { return c.length > 1 || c.batch >= (c.width >= kWideFrom ? kWideRows : kNarrowRows); }
+// Whether products by cuBLAS, and what then are kernels of their own around them, are faster than the parts of a step. What
+// decides on an H200 is the work of a product, rows d^2, from which on they are: of d 2048 that is 3 rows of Mamba-2, 12 of
+// Mamba, of d 768 22 and 86. samples/results/step.txt, 35, has both times of ten models.
+bool is_wide(const MambaModel& c) {
+    const int64_t work = int64_t{c.batch} * c.width * c.width, from = is_mamba2(c) ? 12 << 20 : 48 << 20;
+    return c.length > 1 || (c.batch > kChainRows && work >= from);
+}
 
 int run(const MambaModel& c, void* workspace, cudaStream_t stream) {
     if (!is_valid(c)) return cudaErrorInvalidValue;

@@ -64,6 +64,7 @@ class Gemm(NamedTuple):
     add: bool
     dtype: int
     workspace: int
+    workspace_bytes: int
     parts: int = 1
 
 

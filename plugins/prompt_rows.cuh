@@ -8,7 +8,8 @@ namespace mamba {
 namespace model {
 
 constexpr int kHeldValues = 32;      // of a row that a thread of norm_kernel has at most
-constexpr int kFewRows = 512, kFewValues = 8;  // up to so many rows, which leave multiprocessors idle: so many if it can
+constexpr int kFewValues = 8;        // or, up to so many of all rows, which then is faster
+constexpr int kManyValues = 4 << 20;
 constexpr int kSums = 4;             // in which a product of few rows may come
 constexpr int kMostNormWarps = 32;   // of a row
 constexpr int kRowThreads = 128, kPartWarps = 4;

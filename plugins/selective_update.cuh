@@ -4,7 +4,7 @@
 // A block takes 64 channels (32 in float32) of up to 8 rows of the batch. First the product, whose weights it reads before
 // the kernel ahead has ended; then four lanes share a channel. With 16 states, which all published models have, a lane has
 // four neighbouring ones, and those of all its rows are on their way before the product begins: of up to two rows in
-// registers, of more in shared memory, so that blocks are small and many share a multiprocessor.
+// registers, of more in shared memory, so that blocks are small and many share a multiprocessor. Then instructions bound it.
 #pragma once
 
 #include "selective_scan_common.cuh"
@@ -21,12 +21,12 @@ template <typename T>
 constexpr int kUpdateChannels = 32 * kUpdateWarps<T> / kUpdateLanes;
 
 struct UpdateLayout {
-    int states, sums, held, bytes;  // where B and C, the sums of the warps and old states begin; before them dt's input
+    int states, sums, held, bytes;  // where B and C, sums and old states begin; before them dt's input
 
-    __host__ __device__ UpdateLayout(const MambaSelectiveUpdate& a, int rows, int item, int warp_outputs, int held_states) {
+    __host__ __device__ UpdateLayout(const MambaSelectiveUpdate& a, int rows, int item, int sums_of_row, int held_states) {
         states = (rows * step::shared_stride(a.rank) * item + 15) / 16 * 16;
         sums = states + 4 * ((rows * 2 * a.state_size + 3) / 4 * 4);
-        held = sums + 4 * rows * warp_outputs;
+        held = sums + 4 * rows * sums_of_row;
         bytes = held + rows * held_states * (a.state_dtype == MAMBA_FLOAT32 ? 4 : 2);
     }
 };
@@ -91,6 +91,7 @@ struct UpdateRow {
 template <typename T, int WARPS>
 __device__ __forceinline__ void fetch_low(
     const MambaSelectiveUpdate& a, int b0, int rows, T* low, int stride, float* states) {
+    constexpr int kWide = 16 / sizeof(T);
     const int R = a.rank, N = a.state_size, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto put = [&](int r, int i, T v) {  // place i of a row of low
         if (i < R) {
@@ -107,6 +108,19 @@ __device__ __forceinline__ void fetch_low(
             for (int i = lane; i < size; i += 32) sum = fmaf(to_float(given[i]), to_float(given[i]), sum);
             const float scale = 1.0f / sqrtf(sum_of_warp(sum) / size + a.norm_eps);
             for (int i = lane; i < size; i += 32) put(r, from + i, from_float<T>(to_float(given[i]) * scale));
+        }
+    } else if (R % kWide == 0 && N % kWide == 0) {
+        for (int r = warp; r < rows; r += WARPS) {
+            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row;
+            for (int i = kWide * lane; i < a.low_row; i += kWide * 32) {
+                const auto values = load<T, kWide>(given + i);
+                if (i < R) {
+                    store(low + r * stride + i, values);
+                    continue;
+                }
+#pragma unroll
+                for (int v = 0; v < kWide; v++) states[r * 2 * N + i - R + v] = to_float(values.v[v]);
+            }
         }
     } else {
         const int log_share = step::log_warps_of_row<WARPS>(rows), own = threadIdx.x % (32 << log_share);
@@ -214,12 +228,14 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     }
 }
 
-// Of 16 states of type S, 16-bit weights, on tensor cores.
+// Of 16 states of type S, 16-bit weights, on tensor cores. A warp finds what the lanes of all channels need of a row, and
+// leaves it in shared memory, four values a channel.
 template <typename T, typename S>
 __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) update_rows_kernel(
     const MambaSelectiveUpdate a, const int rows_of_block) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kThreads = 32 * kWarps, N = 16;
+    static_assert(kChannels == 64 && kWarps >= step::kColumns, "a lane has two channels of its warp's row");
     using Own = step::Product<T, 16, kWarps, false, 1>;
     extern __shared__ float4 memory[];
     char* const shared = reinterpret_cast<char*>(memory);
@@ -227,68 +243,84 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels, 4 * kThreads);
     T* const low = reinterpret_cast<T*>(shared);                                // [rows, stride]
     float* const states = reinterpret_cast<float*>(shared + layout.states);     // [rows, 2 N]
-    float* const sums = reinterpret_cast<float*>(shared + layout.sums);         // [warps, rows, channels]
+    float* const sums = reinterpret_cast<float*>(shared + layout.sums);         // [warps, rows, channels], then
+    float* const found = sums;                                                  // [rows, channels, 4]
     const S* const held = reinterpret_cast<S*>(shared + layout.held) + 4 * threadIdx.x;  // [rows, threads], four of each
     const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-    Own product(static_cast<const T*>(a.dt_weight), R, D, first, threadIdx.x / 32, nullptr);
+    Own product(static_cast<const T*>(a.dt_weight), R, D, first, warp, nullptr);
     product.begin();
     const int of_block = threadIdx.x / kUpdateLanes, share = threadIdx.x % kUpdateLanes, c = min(first + of_block, D - 1);
-    const bool exists = first + of_block < D;
     const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0} * D + c) * N + 4 * share;
-    const S* const before = static_cast<const S*>(a.ssm_state) + own_state;
-    const Pack<float, 4> A = load_constant<float, 4>(a.A + int64_t{c} * N + 4 * share);
-    for (int r = share; r < rows; r += kUpdateLanes) {
-        prefetch(before + r * of_row);
+    const S* before = static_cast<const S*>(a.ssm_state) + own_state;
+#pragma unroll
+    for (int r = 0; r < step::kColumns; r += kUpdateLanes) {
+        if (r + share < rows) prefetch(before + (r + share) * of_row);
     }
     let_next_start();
     wait_for_previous();
 
-    for (int r = 0; r < rows; r++) {
-        copy_async_whole<4 * sizeof(S)>(shared_address(held + r * 4 * kThreads), before + r * of_row);
+#pragma unroll
+    for (int r = 0; r < step::kColumns; r++) {
+        if (r < rows) copy_async_whole<4 * sizeof(S)>(shared_address(held + r * 4 * kThreads), before);
+        before += of_row;
     }
     copy_async_commit();
-    // Of a channel of every kAtOnce-th row this thread finds what its four lanes need.
-    constexpr int kAtOnce = kThreads / kChannels, kFound = step::kColumns / kAtOnce;
-    const int found = threadIdx.x % kChannels, found_row = threadIdx.x / kChannels, of = min(first + found, D - 1);
-    T x[kFound], z[kFound];
-#pragma unroll
-    for (int i = 0; i < kFound; i++) {
-        const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + min(found_row + i * kAtOnce, rows - 1)} * D + of;
-        x[i] = xz[0], z[i] = xz[D];
-    }
-    const float bias = a.dt_bias != nullptr ? __ldg(a.dt_bias + of) : 0.0f, skip = a.D != nullptr ? __ldg(a.D + of) : 0.0f;
-    const int lane = threadIdx.x % 32;
+    const int pair = min(first + 2 * lane, D - 2);
+    const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + min(warp, rows - 1)} * D + pair;
+    const Pack<T, 2> x = load<T, 2>(xz), z = load<T, 2>(xz + D);
     const unsigned used = __ballot_sync(~0u, lane < rows && a.seq_lens[b0 + min(lane, rows - 1)] > 0);  // bits of rows
     fetch_low<T, kWarps>(a, b0, rows, low, stride, states);
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
-    product.put(sums, rows);
+    // Neighbouring sums change places within eight, so that rows fall on different banks.
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (2 * t + i >= rows) break;
+        float* const to = sums + (warp * rows + 2 * t + i) * kChannels + 8 * g;
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            *reinterpret_cast<float2*>(to + 2 * (p ^ t)) = make_float2(product.sums[p][i], product.sums[p][i + 2]);
+        }
+    }
     __syncthreads();
 
-    // In the place of sums that no other thread reads: delta log2(e), delta x, D x and silu(z), each [rows, channels].
-    const int values = rows * kChannels;
+    Pack<float, 4> needed[2];  // delta log2(e), delta x, D x and silu(z)
+    if (warp < rows) {
+        const float* const from = sums + warp * kChannels + (2 * lane ^ warp / 2 * 2);
+        float dt[2] = {};
 #pragma unroll
-    for (int i = 0; i < kFound; i++) {
-        const int r = found_row + i * kAtOnce, at = r * kChannels + found;
-        if (r >= rows) break;
-        const float dt = to_float(from_float<T>(Own::sum(sums, rows, at)));
-        const float delta = softplus(dt + bias);
-        sums[at] = kLog2E * delta;
-        sums[values + at] = delta * to_float(x[i]);
-        sums[2 * values + at] = skip * to_float(x[i]);
-        sums[3 * values + at] = silu(to_float(z[i]));
+        for (int w = 0; w < kWarps; w++) {
+            const float2 part = *reinterpret_cast<const float2*>(from + w * rows * kChannels);
+            dt[0] += part.x;
+            dt[1] += part.y;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const float bias = a.dt_bias != nullptr ? __ldg(a.dt_bias + pair + i) : 0.0f;
+            const float skip = a.D != nullptr ? __ldg(a.D + pair + i) : 0.0f, value = to_float(x.v[i]);
+            const float delta = softplus(to_float(from_float<T>(dt[i])) + bias);
+            needed[i] = {kLog2E * delta, delta * value, skip * value, silu(to_float(z.v[i]))};
+        }
+    }
+    const Pack<float, 4> A = load_constant<float, 4>(a.A + int64_t{c} * N + 4 * share);
+    __syncthreads();
+    if (warp < rows) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) store(found + 4 * (warp * kChannels + 2 * lane + i), needed[i]);
     }
     copy_async_wait<0>();  // of what this thread alone reads
     __syncthreads();
 
+    const bool exists = first + of_block < D;
     S* after = static_cast<S*>(a.ssm_state_out) + own_state;
     T* to = static_cast<T*>(a.y) + int64_t{b0} * D + c;
-    const float *own = sums + of_block, *const B_row = states + 4 * share;
+    const float *own = found + 4 * of_block, *B_row = states + 4 * share;
 #pragma unroll 2
-    for (int r = 0; r < rows; r++, after += of_row, to += D, own += kChannels) {
-        const Pack<float, 4> B = load<float, 4>(B_row + r * 2 * N), C = load<float, 4>(B_row + r * 2 * N + N);
-        const float delta = own[0], drive = own[values];
+    for (int r = 0; r < rows; r++, after += of_row, to += D, own += 4 * kChannels, B_row += 2 * N) {
+        const Pack<float, 4> B = load<float, 4>(B_row), C = load<float, 4>(B_row + N), of = load<float, 4>(own);
         const bool is_used = used >> r & 1;
         Neighbours<S, 4> state;
         state.load_written(held + r * 4 * kThreads);
@@ -296,16 +328,14 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
         state.get(h);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            h[i] = fmaf(exp2_approx(delta * A.v[i]), h[i], drive * B.v[i]);
+            h[i] = fmaf(exp2_approx(of.v[0] * A.v[i]), h[i], of.v[1] * B.v[i]);
             y = fmaf(h[i], C.v[i], y);
         }
         if (is_used) state.set(h);
         if (exists) state.store_streaming(after);
 #pragma unroll
         for (int offset = kUpdateLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
-        if (share == 0 && exists) {
-            *to = from_float<T>(is_used ? (y + own[2 * values]) * own[3 * values] : 0.0f);
-        }
+        if (share == 0 && exists) *to = from_float<T>(is_used ? (y + of.v[2]) * of.v[3] : 0.0f);
     }
 #endif
 }

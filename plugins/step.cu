@@ -279,7 +279,8 @@ template <typename T>
 cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     if (!is_valid(c.batch, c.length, c.dtype, c.dt_weight, c.channels) || c.rank < 1 || c.state_size < 1 ||
         c.state_size > 256 || c.row != 2 * int64_t{c.channels} || c.low_row != c.rank + 2 * c.state_size ||
-        c.state_dtype < MAMBA_FLOAT32 || c.state_dtype > MAMBA_BFLOAT16) {
+        c.state_dtype < MAMBA_FLOAT32 || c.state_dtype > MAMBA_BFLOAT16 || !is_aligned(c.xz, 16) ||
+        !is_aligned(c.low, 16)) {
         return cudaErrorInvalidValue;
     }
     Device device;

@@ -5,7 +5,8 @@
 
 No checkpoint, export, engine or TensorRT is needed: the C function is called as the plugin calls it. One row, float16,
 in a CUDA graph and eagerly; the products are those of the same weights by PyTorch, that is by cuBLAS too, in a graph.
-The contenders take turns. Then where the time of one eager prompt goes, by kernel. Needs PyTorch for CUDA.
+The contenders take turns, each after a rest: products at full power leave the GPU at a lower clock for what comes next.
+Then where the time of one eager prompt goes, by kernel. Needs PyTorch for CUDA.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mamba_deploy.plugins import structs
 from mamba_deploy.plugins.build import kernels_library
 
 PRODUCTS = "products alone"
+REST = 0.2  # seconds
 
 
 @click.command()
@@ -165,6 +167,7 @@ def take_turns(contenders: dict[str, Callable[[], None]], turns: int) -> dict[st
     for _ in range(turns):
         for name, run in contenders.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            time.sleep(REST)
             run()
             start.record()
             run()

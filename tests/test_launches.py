@@ -21,7 +21,7 @@ import recurrence
 import torch
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import arguments, cublas, launches, launches_prompt, nvrtc, structs
+from mamba_deploy.plugins import arguments, launches, launches_prompt, nvrtc, structs
 from mamba_deploy.plugins.build import KERNEL_SOURCES, SOURCES
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 from mamba_deploy.plugins.toolchain import find_compiler
@@ -358,7 +358,7 @@ def wanted_of(planned: Launch | Gemm) -> Any:
         w = (p.w, kind, p.inputs, k) if p.by_outputs else (p.w, kind, p.outputs, k * p.outputs)
         y = (p.add, p.y, y_kind, p.outputs, p.rows * p.outputs)
         product = (p.by_outputs, 0, p.outputs, p.rows, k, 1, *w, p.x, kind, p.x_row, k, *y, p.parts)
-        return (*product, 68, -1, p.workspace, cublas.WORKSPACE_BYTES, 16)
+        return (*product, 68, -1, p.workspace, p.workspace_bytes, 16)
     sizes = ((*p.grid, 1, 1)[:3], (*p.threads, 1, 1)[:3], p.cluster)
     return (canonical(p.kernel), *sizes, p.shared, [bytes(a) for a in p.arguments])
 
