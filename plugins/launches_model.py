@@ -29,7 +29,11 @@ def model(call: Any, workspace: int, device: Device) -> list[Any]:
 def workspace_bytes(call: Any) -> int:
     """As ``mamba_model_workspace`` in C: enough for fewer tokens too."""
     of_chain = _buffers(call, 0).bytes
-    return max(of_chain, launches_prompt.workspace_bytes(call)) if _is_wide(call) else of_chain
+    if not _is_wide(call):
+        return of_chain
+    one = type(call).from_buffer_copy(call)
+    one.length = 1
+    return max(of_chain, launches_prompt.workspace_bytes(call), launches_prompt.workspace_bytes(one))
 
 
 def _is_wide(c: Any) -> bool:

@@ -144,7 +144,9 @@ int run(const MambaModel& c, void* workspace, cudaStream_t stream) {
 // Enough for fewer tokens too: for one, where there are more.
 size_t workspace(const MambaModel& c) {
     const size_t of_chain = Buffers(c, nullptr).bytes;
-    return is_wide(c) ? std::max(of_chain, prompt_workspace(c)) : of_chain;
+    MambaModel one = c;
+    one.length = 1;
+    return is_wide(c) ? std::max({of_chain, prompt_workspace(c), prompt_workspace(one)}) : of_chain;
 }
 
 }  // namespace

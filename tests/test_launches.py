@@ -477,6 +477,19 @@ def test_workspace_never_shrinks_with_length(library):
             assert needed == sorted(needed), op
             assert needed[-1] > 0 or batch == 70
 
+    # Here a token needs less than the sums of out_proj, which only single tokens have.
+    workspace = library.mamba_model_workspace
+    workspace.restype = ctypes.c_size_t
+    narrow = {"width": 2048, "inner": 512, "channels": 512, "outputs": 1024, "rank": 128, "state_size": 16}
+    for batch in (1, 12, 128):
+        calls = [
+            structs.MambaModel(**narrow, batch=batch, length=length, layers=1, vocab=8, conv_width=4, dtype=1)
+            for length in range(1, 65)
+        ]
+        needed = [workspace(ctypes.byref(call)) for call in calls]
+        assert needed == sorted(needed)
+        assert needed == [launches.workspace_bytes("model", call) for call in calls]
+
 
 @pytest.mark.parametrize(("P", "N"), [(60, 100), (64, 100), (60, 64)])
 @pytest.mark.parametrize(("T", "S"), [("float16", "float32"), ("float16", "bfloat16"), ("bfloat16", "float16")])
