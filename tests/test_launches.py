@@ -1,5 +1,5 @@
-"""The launches in Python against those of the compiled launchers, which are recorded: nvcc's host code runs over a
-stand-in for the CUDA runtime, so no GPU is needed.
+"""The real sources through the nvcc of this machine, and the launches in Python against those of the launchers it
+compiled, which are recorded: nvcc's host code runs over a stand-in for the CUDA runtime, so no GPU is needed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import recurrence
 import torch
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import arguments, launches, launches_prompt, nvrtc, structs
-from mamba_deploy.plugins.build import KERNEL_SOURCES, SOURCES
+from mamba_deploy.plugins import arguments, build, kernels, launches, launches_prompt, nvrtc, structs, toolchain
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
-from mamba_deploy.plugins.toolchain import find_compiler
 
 pytestmark = pytest.mark.slow
 
@@ -156,35 +154,119 @@ Recorder = ctypes.CFUNCTYPE(
 )
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The launchers over the stand-in; device code is PTX that nobody optimised."""
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is compiled of the kernels' sources."""
+    return tmp_path_factory.mktemp("objects")
+
+
+@pytest.fixture(scope="module")
+def real_build(objects: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[build.Built, list[str]]:
+    """The real libraries for one architecture, and what the compilers said; the plugins where there are headers."""
     try:
-        compiler = find_compiler()
+        compiler = toolchain.find_compiler()
     except PluginError as error:
         pytest.skip(f"needs nvcc: {str(error).splitlines()[0]}")
+    try:
+        toolchain.find_headers()
+        name = "plugin"
+    except PluginError:
+        name = "kernels"
+    told: list[str] = []
+    compile_product = build._compile
+
+    def compile_and_keep(*arguments: Any) -> None:
+        compile_product(*arguments)
+        work = next(argument for argument in arguments if isinstance(argument, Path))
+        for source in build.KERNEL_SOURCES:
+            shutil.copy(work / f"{source}.o", objects)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_compile", compile_and_keep)
+        patch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path_factory.mktemp("real")))
+        patch.setenv("NVCC_APPEND_FLAGS", quick_compile.flag(compiler.version, "-Xcicc=-O0"))
+        newest = max((a for a in compiler.architectures if int(a) <= 90), key=int)
+        return build.build(name, architectures=[newest], say=told.append), told
+
+
+@pytest.fixture(scope="module")
+def library(real_build: tuple[build.Built, list[str]], objects: Path) -> ctypes.CDLL:
+    """The launchers of the build over the stand-in."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("launchers")
-    (folder / "runtime.cpp").write_text(RUNTIME, encoding="utf-8")
-    nvcc, quick = str(compiler.path), quick_compile.flag(compiler.version, "-Xcicc=-O0")
-    architecture = "-gencode=arch=compute_90,code=compute_90"
-    common = [nvcc, "-std=c++17", architecture, quick, "-Xcompiler=-fPIC", f"-I{SOURCES}", "-c"]
-    processes = [
-        subprocess.Popen([*common, str(path), "-o", str(folder / f"{path.name}.o")])
-        for path in (*(SOURCES / file for file in KERNEL_SOURCES), folder / "runtime.cpp")
-    ]
-    assert [process.wait() for process in processes] == [0] * len(processes)
-    objects = [str(path) for path in sorted(folder.glob("*.o"))]
-    target = folder / "liblaunchers.so"
-    subprocess.run([nvcc, "-shared", "-cudart=none", "-o", str(target), *objects], check=True)
-    (folder / "cublas.cpp").write_text(CUBLAS, encoding="utf-8")
-    products = folder / "libcublas.so.13"
+    nvcc = str(toolchain.find_compiler().path)
+    (objects / "runtime.cpp").write_text(RUNTIME, encoding="utf-8")
+    runtime, target = objects / "runtime.o", objects / "liblaunchers.so"
+    command = [nvcc, "-std=c++17", "-Xcompiler=-fPIC", "-c", str(objects / "runtime.cpp"), "-o", str(runtime)]
+    subprocess.run(command, check=True)
+    compiled = [str(objects / f"{source}.o") for source in build.KERNEL_SOURCES]
+    subprocess.run([nvcc, "-shared", "-cudart=none", "-o", str(target), *compiled, str(runtime)], check=True)
+    (objects / "cublas.cpp").write_text(CUBLAS, encoding="utf-8")
+    products = objects / "libcublas.so.13"
     flags = ["-shared", "-fPIC", "-Wl,-soname,libcublas.so.13", "-o", str(products)]
-    subprocess.run(["g++", *flags, str(folder / "cublas.cpp")], check=True)
+    subprocess.run(["g++", *flags, str(objects / "cublas.cpp")], check=True)
     found = ctypes.CDLL(str(target))
     found.cublas = ctypes.CDLL(str(products))  # which prompt.cu then finds in the process
     return found
+
+
+# --- the build ---------------------------------------------------------------------------------------------------
+
+
+def test_real_sources_compile_without_a_warning(real_build):
+    assert [message for message in real_build[1][1:-1] if not message.endswith(": done")] == []
+
+
+def test_real_libraries_export_the_launchers_and_ask_for_nothing_of_tensorrt(real_build):
+    made, _ = real_build
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm (binutils) on PATH")
+    header = (build.SOURCES / "mamba_kernels.h").read_text(encoding="utf-8")
+    launchers = set(re.findall(r"^\w+ (mamba_\w+)\(", header, re.M))
+    assert len(launchers) == 24
+    entries = {"getCreators", "getPluginCreators", "setLoggerFinder"}
+    for library in made.libraries:
+        listed = subprocess.run([nm, "-D", made.folder / library], check=True, capture_output=True, text=True).stdout
+        symbols = [line.split()[-2:] for line in listed.splitlines()]
+        exported = {name for kind, name in symbols if kind not in "Uwv"}
+        wanted = {name for kind, name in symbols if kind == "U"}
+        assert not [name for name in wanted if re.search("nvinfer|[Pp]lugin[A-Z]|createInfer|getLogger", name)] or (
+            library == "libmamba_plugin_register.so"
+        )
+        if library != "libmamba_plugin_register.so":
+            assert exported - entries == launchers
+            assert not [name for name in wanted if name.startswith("cuda")]  # libcudart is inside
+            assert bool(exported & entries) == (made.name == "plugin")
+
+
+def test_real_library_is_called_from_python(real_build):
+    loaded = kernels.load(real_build[0].path)
+    assert loaded.workspace_bytes("last_token", batch=2, length=5, width=8) == 0
+    for op, sizes in (
+        ("causal_conv1d", {"channels": 5376, "width": 4}),
+        ("selective_scan", {"channels": 5120, "state_size": 16}),
+        ("ssd_scan", {"heads": 80, "head_dim": 64, "state_size": 128, "groups": 1}),
+    ):
+        for length in (1, 2048):
+            asked = loaded.workspace_bytes(op, batch=1, length=length, dtype="bfloat16", **sizes)
+            assert 0 <= asked < 1 << 31, (op, length)
+    if not toolchain.gpu_architectures():
+        memory = (1 << 20, 1 << 30)
+        x, lens, y = (
+            Address(shape, kind, i)
+            for i, (shape, kind) in enumerate((((2, 5, 8), "<f4"), ((2,), "<i4"), ((2, 8), "<f4")))
+        )
+        with pytest.raises(PluginError, match=r"^last_token: CUDA error \d+ \(cudaError\w+\)$"):
+            loaded.last_token(x, lens, y=y, workspace=memory)
+
+
+class Address:
+    """An array on a device that is not there."""
+
+    def __init__(self, shape: tuple[int, ...], typestr: str, number: int) -> None:
+        data = ((number + 1) << 32, False)
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": typestr, "data": data, "version": 3}
 
 
 OPTIONAL = ("bias", "D", "z", "dt_bias", "conv_bias", "in_proj_bias", "out_proj_bias", "gate_norm")
@@ -577,7 +659,7 @@ def test_a_padded_prompt_is_the_recurrence(P, N, T, S, skip, same):
 
 
 def test_files_of_the_kernels_are_there():
-    assert all((Path(SOURCES) / file).is_file() for file in KERNEL_SOURCES)
+    assert all((build.SOURCES / file).is_file() for file in build.KERNEL_SOURCES)
 
 
 # --- compiling and launching without the library -----------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What compiles the kernels and plugins: finding, keying, caching, locking and failing, with an nvcc that is a script.
 
-At the end the real sources: through the nvcc of this machine, and through NVRTC, where there is one.
+At the end the real sources through NVRTC, where there is one; test_launches.py has them through nvcc.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from click.testing import CliRunner
 
 from mamba_deploy import cli
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import build, kernels, nvrtc, toolchain
+from mamba_deploy.plugins import build, nvrtc, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (
@@ -893,91 +893,6 @@ def test_command_tells_what_there_is(toolkit, sources, tmp_path, monkeypatch):
 # --- the real sources --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real_toolchain(tmp_path_factory: pytest.TempPathFactory) -> toolchain.Compiler:
-    try:
-        return toolchain.find_compiler()
-    except PluginError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def real_build(
-    real_toolchain: toolchain.Compiler, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[build.Built, list[str]]:
-    """The real libraries for one architecture, and what the compilers said; the plugins where there are headers."""
-    try:
-        toolchain.find_headers()
-        name = "plugin"
-    except PluginError:
-        name = "kernels"
-    told: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path_factory.mktemp("real")))
-        patch.setenv("NVCC_APPEND_FLAGS", quick_compile.flag(real_toolchain.version, "-Xcicc=-O0"))
-        newest = max((a for a in real_toolchain.architectures if int(a) <= 90), key=int)
-        return build.build(name, architectures=[newest], say=told.append), told
-
-
-@pytest.mark.slow
-def test_real_sources_compile_without_a_warning(real_build):
-    assert [message for message in real_build[1][1:-1] if not message.endswith(": done")] == []
-
-
-@pytest.mark.slow
-def test_real_libraries_export_the_launchers_and_ask_for_nothing_of_tensorrt(real_build):
-    made, _ = real_build
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("no nm (binutils) on PATH")
-    header = (build.SOURCES / "mamba_kernels.h").read_text(encoding="utf-8")
-    launchers = set(re.findall(r"^\w+ (mamba_\w+)\(", header, re.M))
-    assert len(launchers) == 24
-    entries = {"getCreators", "getPluginCreators", "setLoggerFinder"}
-    for library in made.libraries:
-        listed = subprocess.run([nm, "-D", made.folder / library], check=True, capture_output=True, text=True).stdout
-        symbols = [line.split()[-2:] for line in listed.splitlines()]
-        exported = {name for kind, name in symbols if kind not in "Uwv"}
-        wanted = {name for kind, name in symbols if kind == "U"}
-        assert not [name for name in wanted if re.search("nvinfer|[Pp]lugin[A-Z]|createInfer|getLogger", name)] or (
-            library == "libmamba_plugin_register.so"
-        )
-        if library != "libmamba_plugin_register.so":
-            assert exported - entries == launchers
-            assert not [name for name in wanted if name.startswith("cuda")]  # libcudart is inside
-            assert bool(exported & entries) == (made.name == "plugin")
-
-
-@pytest.mark.slow
-def test_real_library_is_called_from_python(real_build):
-    loaded = kernels.load(real_build[0].path)
-    assert loaded.workspace_bytes("last_token", batch=2, length=5, width=8) == 0
-    for op, sizes in (
-        ("causal_conv1d", {"channels": 5376, "width": 4}),
-        ("selective_scan", {"channels": 5120, "state_size": 16}),
-        ("ssd_scan", {"heads": 80, "head_dim": 64, "state_size": 128, "groups": 1}),
-    ):
-        for length in (1, 2048):
-            asked = loaded.workspace_bytes(op, batch=1, length=length, dtype="bfloat16", **sizes)
-            assert 0 <= asked < 1 << 31, (op, length)
-    if not toolchain.gpu_architectures():
-        memory = (1 << 20, 1 << 30)
-        x, lens, y = (
-            Address(shape, kind, i)
-            for i, (shape, kind) in enumerate((((2, 5, 8), "<f4"), ((2,), "<i4"), ((2, 8), "<f4")))
-        )
-        with pytest.raises(PluginError, match=r"^last_token: CUDA error \d+ \(cudaError\w+\)$"):
-            loaded.last_token(x, lens, y=y, workspace=memory)
-
-
-class Address:
-    """An array on a device that is not there."""
-
-    def __init__(self, shape: tuple[int, ...], typestr: str, number: int) -> None:
-        data = ((number + 1) << 32, False)
-        self.__cuda_array_interface__ = {"shape": shape, "typestr": typestr, "data": data, "version": 3}
-
-
 # What NVRTC has not: the C and C++ headers of a host, and the calls of the CUDA runtime that launch.
 NVRTC_HEADERS = {
     **nvrtc._HEADERS,
@@ -1091,8 +1006,8 @@ HOST = ("model.cu", "prompt.cu")  # have no kernels of their own
 @pytest.mark.parametrize("library", installed_nvrtcs() or [None], ids=lambda path: path.name if path else "none")
 @pytest.mark.parametrize("name", [name for name in KERNELS if name not in HOST])
 def test_every_kernel_compiles_through_nvrtc(name, library):
-    """The newest NVRTC for GPUs without the tensor cores' instructions, the oldest for one with them; nvcc, above, for
-    Hopper.
+    """The newest NVRTC for GPUs without the tensor cores' instructions, the oldest for one with them; nvcc, in
+    test_launches.py, for Hopper.
     """
     if library is None:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc nvidia-cuda-runtime")
