@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mamba_deploy import Session, export
+from mamba_deploy import Session
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 EOS_ID = 256
@@ -43,22 +45,20 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
     return SAMPLES / request.param
 
 
-def test_recorded_bits_per_byte_comes_out_of_onnx(checkpoint: Path, tmp_path: Path) -> None:
+def test_recorded_bits_per_byte_comes_out_of_onnx(bundle: Callable[..., Any], checkpoint: Path) -> None:
     modules = held_out_modules(checkpoint)
     if not modules:
         pytest.skip("no held-out module of this Python is the one that was held out")
-    bundle = export(checkpoint, tmp_path / "bundle", all_logits=True)
-    with Session.open(bundle.path) as session:
+    with Session.open(bundle(checkpoint.name, all_logits=True).path) as session:
         for name, (content, recorded) in modules.items():
             assert bits_per_byte(session, content) == pytest.approx(recorded, abs=1e-3), name
 
 
-def test_generated_text_looks_like_python(checkpoint: Path, tmp_path: Path) -> None:
+def test_generated_text_looks_like_python(bundle: Callable[..., Any], checkpoint: Path) -> None:
     """Most words it samples after a function's head are names of the standard library or the language's own."""
     library = Path(sysconfig.get_path("stdlib"))
     known = {word for path in library.glob("*.py") for word in path.read_text(errors="replace").split()}
-    bundle = export(checkpoint, tmp_path / "bundle")
-    with Session.open(bundle.path) as session:
+    with Session.open(bundle(checkpoint.name).path) as session:
         tokens = session.generate("import os\n\n\ndef main(", max_tokens=400, temperature=0.7, top_p=0.95, seed=0)
         words = "".join(token.text for token in tokens).split()[:-1]
     assert len(words) > 20

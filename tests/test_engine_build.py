@@ -30,7 +30,6 @@ from mamba_deploy.plugins.build import PRODUCTS, sources_hash
 from mamba_deploy.runtime.trt import rtx_folder
 
 Bundles = Callable[..., Any]  # the factory of conftest.py
-ROOT = Path(__file__).parents[1]
 RTX = "tensorrt-rtx"
 ENGINE = ENGINES[RTX]
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -202,22 +201,22 @@ def test_compute_capabilities(out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", ["tiny-mamba", "tiny-mamba2"])
-def test_bundled_samples(model: str, dtype: str, tmp_path: Path) -> None:
-    out = export(ROOT / "samples" / model, tmp_path / "out", dtype=dtype).path  # type: ignore[arg-type]
+def test_bundled_samples(bundle: Bundles, model: str, dtype: str, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(bundle(model, dtype=dtype).path, tmp_path / "out"))
     done = command(out, "--backend", RTX, "--json")
     assert done.exit_code == 0, done.stderr
-    bundle = Bundle.open(out)
-    facts = bundle.engine(RTX)
+    built = Bundle.open(out)
+    facts = built.engine(RTX)
     assert json.loads(done.stdout)["engine"] == facts
     assert facts["fused"]
     assert facts["onnx_sha256"] == sha256(out / PORTABLE)
-    assert sum(length for _, length in facts["weights"].values()) > 0.95 * bundle.manifest["files"][WEIGHTS]["bytes"]
+    assert sum(length for _, length in facts["weights"].values()) > 0.95 * built.manifest["files"][WEIGHTS]["bytes"]
 
 
 @needs_rtx
 @pytest.mark.slow
-def test_an_engine_of_the_graphs_own_operators_on_demand(tmp_path: Path) -> None:
-    out = export(ROOT / "samples" / "tiny-mamba2", tmp_path / "out").path
+def test_an_engine_of_the_graphs_own_operators_on_demand(bundle: Bundles, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(bundle("tiny-mamba2").path, tmp_path / "out"))
     facts = json.loads(command(out, "--backend", RTX, "--no-fuse", "--json").stdout)["engine"]
     assert (facts["fused"], facts["weights"]) == (False, {})
     assert (out / ENGINE).stat().st_size > (out / WEIGHTS).stat().st_size

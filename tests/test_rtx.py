@@ -134,19 +134,9 @@ def newest(library: Callable[[Path], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
+def sample(bundle: Callable[..., Any]) -> Callable[[str, str], Any]:
     """``sample(name, dtype)``: the bundle of a bundled checkpoint."""
-    from mamba_deploy.exporters.export import export
-
-    bundles: dict[tuple[str, str], Any] = {}
-
-    def of(name: str, dtype: str) -> Any:
-        if (name, dtype) not in bundles:
-            out = tmp_path_factory.mktemp("bundle") / f"{name}-{dtype}"
-            bundles[name, dtype] = export(ROOT / "samples" / name, out, dtype=dtype)
-        return bundles[name, dtype]
-
-    return of
+    return lambda name, dtype: bundle(name, dtype=dtype).bundle
 
 
 PROFILES = [[4, 1], [8, 2048]]  # largest batch and seq of decode and prompt
