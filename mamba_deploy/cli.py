@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,8 @@ class Command(click.Group):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminated)
         try:
-            return super().invoke(context)
+            with _as_raised():
+                return super().invoke(context)
         except MambaDeployError as error:
             failure: Exception = error
             hint = error.hint
@@ -65,6 +66,17 @@ class Command(click.Group):
 def _terminated(number: int, frame: Any) -> None:
     """End as an error does, so that what is half-written is removed."""
     raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _as_raised() -> Iterator[None]:
+    """Python before 3.12 wraps in a RuntimeError what a signal raises while a class is made, as heavy imports do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, (KeyboardInterrupt, SystemExit)):
+            raise error.__cause__ from None
+        raise
 
 
 @click.group(cls=Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -288,6 +288,28 @@ def test_interrupted_exits_with_130(verb: str, ids_bundle: Path, monkeypatch: py
     assert "Traceback" not in done.stderr
 
 
+class Ends:
+    """Of a class: to make it raises this."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"), [(KeyboardInterrupt(), 130, "interrupted\n"), (SystemExit(143), 143, "")]
+)
+def test_interrupted_while_a_class_is_made(
+    error: BaseException, code: int, said: str, ids_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As imports are that take seconds: Python before 3.12 raises a RuntimeError from it."""
+    monkeypatch.setattr(Session, "generate", lambda *_, **__: type("Made", (), {"attribute": Ends(error)}))
+    done = command("generate", *arguments_of("generate", ids_bundle))
+    assert (done.exit_code, done.stdout, done.stderr) == (code, "", said)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_expected_failures_have_an_error_and_a_hint(
     verb: str, ids_bundle: Path, monkeypatch: pytest.MonkeyPatch
