@@ -93,7 +93,8 @@ inline cudaError_t as_cuda(int status) {
 // when it is first used on a GPU, though another call is being captured in a graph.
 class Products {
   public:
-    Products(int32_t dtype, void* workspace, size_t bytes, cudaStream_t stream) : library_(Library::get()), lock_(library_.mutex) {
+    Products(int32_t dtype, void* workspace, size_t bytes, cudaStream_t stream)
+        : library_(Library::get()), lock_(library_.mutex) {
         type_ = dtype == MAMBA_FLOAT32 ? CUDA_R_32F : dtype == MAMBA_FLOAT16 ? CUDA_R_16F : CUDA_R_16BF;
         cudaThreadExchangeStreamCaptureMode(&mode_);
         error_ = library_.found ? open(workspace, bytes, stream) : kNotFound;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from ctypes import c_int32, c_void_p
 from typing import Any
 
@@ -151,28 +152,30 @@ def _is_together(a: _Linear) -> bool:
     return are_aligned(a, "bias residual y conv_weight conv_bias conv_state conv_state_out", 16)
 
 
+def _cuts(a: _Linear, tiles: int, of_head: bool, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
+    """Of tiles with so many rows: cost, ROW_TILES, NT, the blocks that split the inputs, and shared memory."""
+    stages, most = ceil_div(a.inputs, _TILE_INPUTS), 1 if of_head or device.major < 9 else 8
+    pitch, rows, turns = 2 * _TILE_INPUTS + 16, 16 * tiles, 2 if tiles == 4 else 4
+    for nt in range(1, _MOST_TILES + 1):
+        outputs = 32 * nt
+        stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
+        shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
+        if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
+            return
+        for split in (1, 2, 4, 8):
+            if split > min(most, stages):
+                break
+            room = device.multiprocessors * (1000 if split <= 2 else 1000 - 35 * split) // 1000
+            blocks = ceil_div(a.outputs, outputs) * split * ceil_div(a.batch, rows)
+            sums = 0 if split == 1 else 2 * 4 * turns * rows * outputs
+            moved = ceil_div(stages, split) * (2 * _TILE_INPUTS * (outputs + rows) + (5 << 10)) + sums
+            yield ceil_div(blocks, room) * moved, tiles, nt, split, shared
+
+
 def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
     """The cut that leaves the fullest multiprocessor the fewest bytes to move, as in ``step.cu``."""
-    stages, most = ceil_div(a.inputs, _TILE_INPUTS), 1 if of_head or device.major < 9 else 8
-    pitch = 2 * _TILE_INPUTS + 16
-    cuts = []
-    for tiles in (1, 2, 4)[: 1 + (a.batch > 16) + (a.batch > 32)]:
-        rows, turns = 16 * tiles, 2 if tiles == 4 else 4
-        for nt in range(1, _MOST_TILES + 1):
-            outputs = 32 * nt
-            stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
-            shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
-            if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
-                break
-            for split in (1, 2, 4, 8):
-                if split > min(most, stages):
-                    break
-                room = device.multiprocessors * (1000 if split <= 2 else 1000 - 35 * split) // 1000
-                blocks = ceil_div(a.outputs, outputs) * split * ceil_div(a.batch, rows)
-                sums = 0 if split == 1 else 2 * 4 * turns * rows * outputs
-                moved = ceil_div(stages, split) * (2 * _TILE_INPUTS * (outputs + rows) + (5 << 10)) + sums
-                cuts.append((ceil_div(blocks, room) * moved, tiles, nt, split, shared))
-    _, tiles, nt, split, shared = min(cuts)
+    row_tiles = (1, 2, 4)[: 1 + (a.batch > 16) + (a.batch > 32)]
+    _, tiles, nt, split, shared = min(cut for tiles in row_tiles for cut in _cuts(a, tiles, of_head, device))
     name = kernel_name("step", "tile_kernel", TYPES[dtype], tiles, nt, of_head)
     grid = (ceil_div(a.outputs, 32 * nt) * split, ceil_div(a.batch, 16 * tiles))
     return Launch("step_tile.cuh", name, grid, (_TILE_THREADS,), shared, (a, c_int32(split)), split)

@@ -274,29 +274,13 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     fetch_low<T, kWarps>(a, b0, rows, low, stride, states);
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
-    // Neighbouring sums change places within eight, so that rows fall on different banks.
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (2 * t + i >= rows) break;
-        float* const to = sums + (warp * rows + 2 * t + i) * kChannels + 8 * g;
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            *reinterpret_cast<float2*>(to + 2 * (p ^ t)) = make_float2(product.sums[p][i], product.sums[p][i + 2]);
-        }
-    }
+    product.put_spread(sums, rows);
     __syncthreads();
 
     Pack<float, 4> needed[2];  // delta log2(e), delta x, D x and silu(z)
     if (warp < rows) {
-        const float* const from = sums + warp * kChannels + (2 * lane ^ warp / 2 * 2);
-        float dt[2] = {};
-#pragma unroll
-        for (int w = 0; w < kWarps; w++) {
-            const float2 part = *reinterpret_cast<const float2*>(from + w * rows * kChannels);
-            dt[0] += part.x;
-            dt[1] += part.y;
-        }
+        const float2 sum = Own::sum_of_pair(sums, rows, warp, 2 * lane);
+        const float dt[2] = {sum.x, sum.y};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const float bias = a.dt_bias != nullptr ? __ldg(a.dt_bias + pair + i) : 0.0f;

@@ -129,6 +129,7 @@ auto with_tile(int nt, Run&& run) {
 
 struct Cut {
     int row_tiles = 0, nt = 0, split = 1;  // ROW_TILES and NT of a tile, and blocks that split its inputs
+    int64_t cost = 0;
 };
 
 struct TileSizes {
@@ -138,7 +139,7 @@ struct TileSizes {
 // The cut that leaves the fullest multiprocessor the fewest bytes to move: those of the stages, each of which costs as much
 // as 5 KiB besides, and sums that go to other blocks, there and back. H200: the fastest, or near it, of all that were tried.
 template <int ROW_TILES, bool HEAD>
-void choose_cut(const Linear& a, const Device& device, Cut& best, int64_t& least) {
+void choose_cut(const Linear& a, const Device& device, Cut& best) {
     const int64_t stages = ceil_div(a.inputs, kTileInputs);
     const int most = HEAD || device.major < 9 ? 1 : 8;
     for (Cut cut{ROW_TILES, 1, 1}; cut.nt <= kMostTiles; cut.nt++) {
@@ -153,8 +154,8 @@ void choose_cut(const Linear& a, const Device& device, Cut& best, int64_t& least
             const int64_t blocks = ceil_div(a.outputs, own.outputs) * cut.split * ceil_div(a.batch, own.rows);
             const int64_t sums = cut.split == 1 ? 0 : 2 * 4 * own.turns * own.rows * own.outputs;
             const int64_t stage = 2 * kTileInputs * (own.outputs + own.rows) + (5 << 10);
-            const int64_t cost = ceil_div(blocks, room) * (ceil_div(stages, cut.split) * stage + sums);
-            if (best.nt == 0 || cost < least) best = cut, least = cost;
+            cut.cost = ceil_div(blocks, room) * (ceil_div(stages, cut.split) * stage + sums);
+            if (best.nt == 0 || cut.cost < best.cost) best = cut;
         }
     }
 }
@@ -174,10 +175,9 @@ cudaError_t tile_rows(const Linear& a, const Cut& cut, const Device& device, cud
 template <typename T, bool HEAD>
 cudaError_t many_rows(const Linear& a, const Device& device, cudaStream_t stream) {
     Cut cut;
-    int64_t least = 0;
-    choose_cut<1, HEAD>(a, device, cut, least);
-    if (a.batch > 16) choose_cut<2, HEAD>(a, device, cut, least);
-    if (a.batch > 32) choose_cut<4, HEAD>(a, device, cut, least);
+    choose_cut<1, HEAD>(a, device, cut);
+    if (a.batch > 16) choose_cut<2, HEAD>(a, device, cut);
+    if (a.batch > 32) choose_cut<4, HEAD>(a, device, cut);
     switch (cut.row_tiles) {
         case 1: return tile_rows<T, 1, HEAD>(a, cut, device, stream);
         case 2: return tile_rows<T, 2, HEAD>(a, cut, device, stream);

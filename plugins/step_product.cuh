@@ -271,6 +271,35 @@ struct Product {
         for (int w = 0; w < WARPS; w++) v += from[w * rows * kOutputs + i];
         return v;
     }
+
+    // As put(), from tensor cores and of 16 bytes: pairs change places within eight values, so that rows fall on different
+    // banks. sum_of_pair() finds them.
+    __device__ __forceinline__ void put_spread(float* to, int rows) {
+        static_assert(kTensor && kVec == 8, "a lane has eight values of a row");
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            if (2 * t + c >= rows) break;
+            float* const of_row = to + (warp * rows + 2 * t + c) * kOutputs + kVec * g;
+#pragma unroll
+            for (int p = 0; p < kVec / 2; p++) {
+                *reinterpret_cast<float2*>(of_row + 2 * (p ^ t)) = make_float2(sums[p][c], sums[p][c + 2]);
+            }
+        }
+    }
+
+    // What the warps put there spread of outputs i and i + 1 of a row, i even.
+    static __device__ __forceinline__ float2 sum_of_pair(const float* from, int rows, int row, int i) {
+        from += row * kOutputs + (i ^ row / 2 * 2);
+        float2 v = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float2 part = *reinterpret_cast<const float2*>(from + w * rows * kOutputs);
+            v.x += part.x;
+            v.y += part.y;
+        }
+        return v;
+    }
 };
 
 }  // namespace step

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from locks import locked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,20 +243,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
             checkpoints[kind] = kinds[kind](tmp_path_factory.mktemp(kind))
         if key not in made:
             out = bundles / "-".join([kind, *(f"{name}={value}" for name, value in key[1:])])
-            with _locked(out):
+            with locked(out):
                 opened = Bundle.open(out) if out.exists() else export(checkpoints[kind][0], out, **options)
             made[key] = Exported(opened, *checkpoints[kind])
         return made[key]
 
     return make
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with path.with_name(f"{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

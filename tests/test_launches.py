@@ -175,9 +175,8 @@ def real_build(objects: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     told: list[str] = []
     compile_product = build._compile
 
-    def compile_and_keep(*arguments: Any) -> None:
-        compile_product(*arguments)
-        work = next(argument for argument in arguments if isinstance(argument, Path))
+    def compile_and_keep(product: Any, compiler: Any, headers: Any, chosen: Any, work: Path, say: Any) -> None:
+        compile_product(product, compiler, headers, chosen, work, say)
         for source in build.KERNEL_SOURCES:
             shutil.copy(work / f"{source}.o", objects)
 

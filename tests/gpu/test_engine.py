@@ -6,7 +6,6 @@ else from MAMBA_DEPLOY_TEST_BUNDLES. What is measured goes into the report as pr
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu import bundles as made
+from locks import locked
 
 pytest.importorskip("tensorrt", reason="needs TensorRT")
 cuda = pytest.importorskip("pycuda.driver", reason="needs pycuda")
@@ -60,8 +60,7 @@ def built(folder: Path) -> Callable[[str], Any]:
             if find_spec("torch") is None:
                 pytest.skip(f"no {name} in MAMBA_DEPLOY_TEST_BUNDLES, and no PyTorch to make it")
             made.make(folder, name)
-        with (folder / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        with locked(folder / name):
             bundle = Bundle.open(folder / name)
             if "tensorrt" not in bundle.manifest.get("engines", {}):
                 bundle = build_engine(folder / name, max_prefill=512 if name in TINY + LIKE else 2048, say=print)
