@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_int32, c_void_p
 from typing import Any
 
@@ -201,31 +201,54 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
     return [norm, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
 
 
+_UPDATE_BLOCKS, _UPDATE_START, _LEAST_TURN = 4, 12, 3  # of update_rows_kernel
+
+
 def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     item = BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
-    many = item == 2 and device.major >= 8 and call.state_size == 16
     groups, rows = ceil_div(call.channels, channels), 1
-    while rows < min(call.batch, _COLUMNS):
-        blocks = (4 if rows > 2 and many else 2) * device.multiprocessors
-        if groups * ceil_div(call.batch, rows) <= blocks:
-            break
+
+    def waves(rows: int, blocks: int) -> int:
+        return ceil_div(groups * ceil_div(call.batch, rows), blocks * device.multiprocessors)
+
+    if item == 2 and device.major >= 8 and call.state_size == 16 and call.batch > 2 and waves(2, 2) > 1:
+        rows, turn = _rows_of_update(call, lambda rows: waves(rows, _UPDATE_BLOCKS), device)
+        shared = _update_bytes(call, rows, 256, min(rows, 2 * turn))
+        types = (TYPES[call.dtype], TYPES[call.state_dtype])
+        name = kernel_name("scan", "update_rows_kernel", *types, 1 if rows <= _COLUMNS else 2)
+        grid, arguments = (groups, ceil_div(call.batch, rows)), (call, c_int32(rows), c_int32(turn))
+        return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, arguments)]
+    while rows < min(call.batch, _COLUMNS) and waves(rows, 2) > 1:
         rows += 1
-    many = many and rows > 2
-
-    def nbytes(rows: int) -> int:
-        low = ceil_div(rows * _shared_stride(call.rank) * item, 16) * 16
-        held = rows * 128 * warps * BYTES[call.state_dtype] if many else 0
-        return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * warps * channels + held
-
-    at_most = rows if rows <= 2 else _COLUMNS
-    kernel, of = ("update_rows_kernel", TYPES[call.state_dtype]) if many else ("update_kernel", str(at_most))
-    while rows > 1 and nbytes(rows) > device.shared_bytes:
+    name = kernel_name("scan", "update_kernel", TYPES[call.dtype], rows if rows <= 2 else _COLUMNS)
+    while rows > 1 and _update_bytes(call, rows, warps * channels, 0) > device.shared_bytes:
         rows -= 1
-    name = kernel_name("scan", kernel, TYPES[call.dtype], of)
-    grid, arguments = (groups, ceil_div(call.batch, rows)), (call, c_int32(rows))
-    return [Launch("selective_update.cuh", name, grid, (32 * warps,), nbytes(rows), arguments)]
+    shared = _update_bytes(call, rows, warps * channels, 0)
+    grid = (groups, ceil_div(call.batch, rows))
+    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call, c_int32(rows)))]
+
+
+def _update_bytes(call: Any, rows: int, sums_of_row: int, held_rows: int) -> int:
+    low = ceil_div(rows * _shared_stride(call.rank) * BYTES[call.dtype], 16) * 16
+    held = held_rows * 1024 * BYTES[call.state_dtype]
+    return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * sums_of_row + held
+
+
+def _rows_of_update(call: Any, waves: Callable[[int], int], device: Device) -> tuple[int, int]:
+    """Rows of a block of update_rows_kernel, and half of those whose old states it holds, as in ``step.cu``."""
+
+    def turn_of(rows: int) -> int:
+        room = (device.shared_bytes + 1024) // _UPDATE_BLOCKS - 1024 - _update_bytes(call, rows, 256, 0)
+        held = (rows + 1) // 2
+        return held if rows <= _COLUMNS else min(held, room // (2048 * BYTES[call.state_dtype]))
+
+    fitting = (r for r in range(3, min(call.batch, 2 * _COLUMNS) + 1) if r <= _COLUMNS or turn_of(r) >= _LEAST_TURN)
+    rows = min(fitting, key=lambda rows: waves(rows) * (rows + _UPDATE_START))
+    while rows > 1 and _update_bytes(call, rows, 256, min(rows, 2 * turn_of(rows))) > device.shared_bytes:
+        rows -= 1
+    return rows, turn_of(rows)
 
 
 def workspace_floats(op: str, call: Any) -> int:

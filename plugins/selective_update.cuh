@@ -1,10 +1,11 @@
 // A decode step of MambaSelectiveScan from what the projections give, dt's own projection in it: delta = softplus(low W +
 // bias); h = exp(delta A) h + delta x B; y = (C . h + D x) silu(z).
 //
-// A block takes 64 channels (32 in float32) of up to 8 rows of the batch. First the product, whose weights it reads before
-// the kernel ahead has ended; then four lanes share a channel. With 16 states, which all published models have, a lane has
-// four neighbouring ones, and those of all its rows are on their way before the product begins: of up to two rows in
-// registers, of more in shared memory, so that blocks are small and many share a multiprocessor. Then instructions bound it.
+// A block takes 64 channels (32 in float32) of some rows of the batch. First the product, whose weights it reads before the
+// kernel ahead has ended; then lanes share a channel. With 16 states, which all published models have, old states are on
+// their way before the product begins: of up to two rows in registers, of more in shared memory, so that blocks are small
+// and many share a multiprocessor. Then instructions bound it, and what each waits for: all blocks run at once, so nothing
+// else is done meanwhile.
 #pragma once
 
 #include "selective_scan_common.cuh"
@@ -21,13 +22,15 @@ template <typename T>
 constexpr int kUpdateChannels = 32 * kUpdateWarps<T> / kUpdateLanes;
 
 struct UpdateLayout {
-    int states, sums, held, bytes;  // where B and C, sums and old states begin; before them dt's input
+    int states, low, held, bytes;  // where B and C, dt's input and old states begin; before them sums
 
-    __host__ __device__ UpdateLayout(const MambaSelectiveUpdate& a, int rows, int item, int sums_of_row, int held_states) {
-        states = (rows * step::shared_stride(a.rank) * item + 15) / 16 * 16;
-        sums = states + 4 * ((rows * 2 * a.state_size + 3) / 4 * 4);
-        held = sums + 4 * rows * sums_of_row;
-        bytes = held + rows * held_states * (a.state_dtype == MAMBA_FLOAT32 ? 4 : 2);
+    // held_rows: whose old states, held_states each, are there at once.
+    __host__ __device__ UpdateLayout(
+        const MambaSelectiveUpdate& a, int rows, int item, int sums_of_row, int held_rows = 0, int held_states = 0) {
+        states = 4 * rows * sums_of_row;
+        low = states + 4 * ((rows * 2 * a.state_size + 3) / 4 * 4);
+        held = low + (rows * step::shared_stride(a.rank) * item + 15) / 16 * 16;
+        bytes = held + held_rows * held_states * (a.state_dtype == MAMBA_FLOAT32 ? 4 : 2);
     }
 };
 
@@ -87,10 +90,11 @@ struct UpdateRow {
     bool used;
 };
 
-// dt's input, and B and C, of a block's rows to shared memory, Falcon-Mamba's norms in it; this thread's share.
-template <typename T, int WARPS>
+// dt's input, and B and C, of up to ROWS rows to shared memory, Falcon-Mamba's norms in it; this thread's share. meanwhile()
+// is called once, when what this needs is on its way if it can be so early.
+template <typename T, int WARPS, int ROWS, typename Meanwhile>
 __device__ __forceinline__ void fetch_low(
-    const MambaSelectiveUpdate& a, int b0, int rows, T* low, int stride, float* states) {
+    const MambaSelectiveUpdate& a, int b0, int rows, T* low, int stride, float* states, Meanwhile&& meanwhile) {
     constexpr int kWide = 16 / sizeof(T);
     const int R = a.rank, N = a.state_size, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto put = [&](int r, int i, T v) {  // place i of a row of low
@@ -100,34 +104,56 @@ __device__ __forceinline__ void fetch_low(
             states[r * 2 * N + i - R] = to_float(v);
         }
     };
-    if (a.norm_eps >= 0.0f) {  // each part by itself, without weights
+    const bool wide = a.norm_eps < 0.0f && R % kWide == 0 && N % kWide == 0;
+    const T* const given = static_cast<const T*>(a.low);
+    Pack<T, kWide> values[(ROWS + WARPS - 1) / WARPS];  // of rows warp, warp + WARPS
+    const auto fetch = [&](int i) {
+        int r = warp;
+#pragma unroll
+        for (auto& of_row : values) {
+            if (r < rows && i < a.low_row) of_row = load<T, kWide>(given + int64_t{b0 + r} * a.low_row + i);
+            r += WARPS;
+        }
+    };
+    if (wide) fetch(kWide * lane);
+    meanwhile();
+    if (wide) {
+#pragma unroll 1
+        for (int i = kWide * lane; i < a.low_row; i += kWide * 32) {
+            int r = warp;
+#pragma unroll
+            for (const auto& of_row : values) {
+                if (r < rows && i < R) store(low + r * stride + i, of_row);
+                if (r < rows && i >= R) {
+#pragma unroll
+                    for (int v = 0; v < kWide; v += 4) {
+                        Pack<float, 4> four;
+#pragma unroll
+                        for (int k = 0; k < 4; k++) four.v[k] = to_float(of_row.v[v + k]);
+                        store(states + r * 2 * N + i - R + v, four);
+                    }
+                }
+                r += WARPS;
+            }
+            fetch(i + kWide * 32);
+        }
+    } else if (a.norm_eps >= 0.0f) {  // each part by itself, without weights
         for (int pair = warp; pair < 3 * rows; pair += WARPS) {
             const int r = pair / 3, part = pair % 3, size = part == 0 ? R : N, from = part == 0 ? 0 : R + (part - 1) * N;
-            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row + from;
+            const T* const of_part = given + int64_t{b0 + r} * a.low_row + from;
             float sum = 0.0f;
-            for (int i = lane; i < size; i += 32) sum = fmaf(to_float(given[i]), to_float(given[i]), sum);
+#pragma unroll 4
+            for (int i = lane; i < size; i += 32) sum = fmaf(to_float(of_part[i]), to_float(of_part[i]), sum);
             const float scale = 1.0f / sqrtf(sum_of_warp(sum) / size + a.norm_eps);
-            for (int i = lane; i < size; i += 32) put(r, from + i, from_float<T>(to_float(given[i]) * scale));
-        }
-    } else if (R % kWide == 0 && N % kWide == 0) {
-        for (int r = warp; r < rows; r += WARPS) {
-            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row;
-            for (int i = kWide * lane; i < a.low_row; i += kWide * 32) {
-                const auto values = load<T, kWide>(given + i);
-                if (i < R) {
-                    store(low + r * stride + i, values);
-                    continue;
-                }
-#pragma unroll
-                for (int v = 0; v < kWide; v++) states[r * 2 * N + i - R + v] = to_float(values.v[v]);
-            }
+#pragma unroll 2
+            for (int i = lane; i < size; i += 32) put(r, from + i, from_float<T>(to_float(of_part[i]) * scale));
         }
     } else {
         const int log_share = step::log_warps_of_row<WARPS>(rows), own = threadIdx.x % (32 << log_share);
         for (int r = warp >> log_share; r < rows; r += WARPS >> log_share) {
-            const T* const given = static_cast<const T*>(a.low) + int64_t{b0 + r} * a.low_row;
-#pragma unroll 8
-            for (int i = own; i < a.low_row; i += 32 << log_share) put(r, i, given[i]);
+            const T* const of_row = given + int64_t{b0 + r} * a.low_row;
+#pragma unroll 4
+            for (int i = own; i < a.low_row; i += 32 << log_share) put(r, i, of_row[i]);
         }
     }
     for (int i = R + static_cast<int>(threadIdx.x); i < (R + 15) / 16 * 16; i += 32 * WARPS) {
@@ -143,10 +169,11 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     static_assert(Own::kOutputs == kChannels, "a block's channels are what it has products of");
     extern __shared__ float4 memory[];
     const int R = a.rank, N = a.state_size, D = a.channels, stride = step::shared_stride(R);
-    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels, 0);
-    T* const low = reinterpret_cast<T*>(memory);                                                          // [rows, stride]
-    float* const states = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + layout.states);      // [rows, 2 N]
-    float* const sums = reinterpret_cast<float*>(reinterpret_cast<char*>(memory) + layout.sums);
+    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels);
+    char* const shared = reinterpret_cast<char*>(memory);
+    float* const sums = reinterpret_cast<float*>(shared);
+    float* const states = reinterpret_cast<float*>(shared + layout.states);  // [rows, 2 N]
+    T* const low = reinterpret_cast<T*>(shared + layout.low);                // [rows, stride]
     const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
 
     Own product(static_cast<const T*>(a.dt_weight), R, D, first, threadIdx.x / 32, nullptr);
@@ -179,7 +206,7 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     for (int r = 0; r < kAhead; r++) {
         if (r < rows) fetch(ahead[r], r);
     }
-    fetch_low<T, kWarps>(a, b0, rows, low, stride, states);
+    fetch_low<T, kWarps, ROWS>(a, b0, rows, low, stride, states, [] {});
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
     product.put(sums, rows);
@@ -228,98 +255,166 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     }
 }
 
-// Of 16 states of type S, 16-bit weights, on tensor cores. A warp finds what the lanes of all channels need of a row, and
-// leaves it in shared memory, four values a channel.
-template <typename T, typename S>
+constexpr int kUpdateAlong = 4;  // warps along the inputs of the product of update_rows_kernel
+constexpr int kUpdateSums = kUpdateChannels<__half> * kUpdateAlong;  // of a row
+
+// Of 16 states of type S, 16-bit weights, on tensor cores, of up to TILES times 8 rows. A warp finds what the lanes of all
+// channels need of a row, and leaves it in shared memory, four values a channel, where the row's sums were. Then two lanes
+// share a channel, half of the warps a row. Old states come through a ring of two halves of turn_rows rows that take turns;
+// up to 8 rows are all in it. What is waited for first is asked for first: weights, dt's input, old states, then the rest.
+template <typename T, typename S, int TILES>
 __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) update_rows_kernel(
-    const MambaSelectiveUpdate a, const int rows_of_block) {
+    const MambaSelectiveUpdate a, const int rows_of_block, const int turn_rows) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kThreads = 32 * kWarps, N = 16;
-    static_assert(kChannels == 64 && kWarps >= step::kColumns, "a lane has two channels of its warp's row");
-    using Own = step::Product<T, 16, kWarps, false, 1>;
+    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kRows = TILES * step::kColumns, N = 16;
+    constexpr int kLanes = 2, kOwn = N / kLanes, kHeld = kChannels * N;  // of a channel; of a lane; states of a row
+    // A lane reads and writes 16 bytes at once. Of float32 those are half of its states, and its neighbour's lie between.
+    constexpr int kVec = 16 / sizeof(S), kParts = kOwn / kVec, kPart = kVec * kLanes, kFour = kParts == 1 ? 4 : kPart;
+    constexpr int kRowThreads = kChannels * kLanes, kTogether = 32 * kWarps / kRowThreads;  // of a row; rows
+    using Own = step::Product<T, 8, kUpdateAlong, false, 3, TILES>;
+    constexpr int kShares = kChannels / Own::kOutputs;  // warps across the outputs
+    static_assert(kWarps == step::kColumns && kChannels == 64, "a lane has two channels of its warp's row");
+    static_assert(kWarps == kShares * kUpdateAlong && kUpdateSums == 4 * kChannels, "sums lie where what is found will");
     extern __shared__ float4 memory[];
     char* const shared = reinterpret_cast<char*>(memory);
     const int R = a.rank, D = a.channels, stride = step::shared_stride(R);
-    const UpdateLayout layout(a, rows_of_block, sizeof(T), kWarps * kChannels, 4 * kThreads);
-    T* const low = reinterpret_cast<T*>(shared);                                // [rows, stride]
-    float* const states = reinterpret_cast<float*>(shared + layout.states);     // [rows, 2 N]
-    float* const sums = reinterpret_cast<float*>(shared + layout.sums);         // [warps, rows, channels], then
-    float* const found = sums;                                                  // [rows, channels, 4]
-    const S* const held = reinterpret_cast<S*>(shared + layout.held) + 4 * threadIdx.x;  // [rows, threads], four of each
+    const UpdateLayout layout(a, rows_of_block, sizeof(T), kUpdateSums);
+    float* const sums = reinterpret_cast<float*>(shared);                    // [rows, kUpdateAlong, channels], then
+    float* const found = sums;                                               // [rows, channels, 4]
+    float* const states = reinterpret_cast<float*>(shared + layout.states);  // [rows, 2 N]
+    T* const low = reinterpret_cast<T*>(shared + layout.low);                // [rows, stride]
+    S* const held = reinterpret_cast<S*>(shared + layout.held) + kVec * (threadIdx.x % kRowThreads);
     const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = warp % kShares * Own::kOutputs;
 
-    Own product(static_cast<const T*>(a.dt_weight), R, D, first, warp, nullptr);
+    Own product(static_cast<const T*>(a.dt_weight), R, D, first + output, warp / kShares, nullptr);
     product.begin();
-    const int of_block = threadIdx.x / kUpdateLanes, share = threadIdx.x % kUpdateLanes, c = min(first + of_block, D - 1);
-    const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0} * D + c) * N + 4 * share;
-    const S* before = static_cast<const S*>(a.ssm_state) + own_state;
+    const int of_block = threadIdx.x / kLanes % kChannels, share = threadIdx.x % kLanes, c = min(first + of_block, D - 1);
+    const int pair = min(first + 2 * lane, D - 2), own_row = threadIdx.x / kRowThreads;  // and each kTogether-th after it
+    prefetch(a.A + int64_t{c} * N + kOwn * share);
+    if (a.dt_bias != nullptr) prefetch(a.dt_bias + pair);
+    if (a.D != nullptr) prefetch(a.D + pair);
+    const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0 + own_row} * D + c) * N + kVec * share;
+    const S *const before = static_cast<const S*>(a.ssm_state) + own_state, *line = before + share * kTogether * of_row;
 #pragma unroll
-    for (int r = 0; r < step::kColumns; r += kUpdateLanes) {
-        if (r + share < rows) prefetch(before + (r + share) * of_row);
+    for (int r = 0; r < kRows; r += kLanes * kTogether, line += kLanes * kTogether * of_row) {
+        if (own_row + share * kTogether + r < rows) prefetch(line);
     }
     let_next_start();
     wait_for_previous();
 
+    fetch_low<T, kWarps, kRows>(a, b0, rows, low, stride, states, [&] {
+        copy_async_commit();  // of none: else the compiler has copies go ahead of what fetch_low() asks for
+        const uint32_t to = shared_address(held + own_row * kHeld);
+        const S* from = before;
 #pragma unroll
-    for (int r = 0; r < step::kColumns; r++) {
-        if (r < rows) copy_async_whole<4 * sizeof(S)>(shared_address(held + r * 4 * kThreads), before);
-        before += of_row;
-    }
-    copy_async_commit();
-    const int pair = min(first + 2 * lane, D - 2);
-    const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + min(warp, rows - 1)} * D + pair;
-    const Pack<T, 2> x = load<T, 2>(xz), z = load<T, 2>(xz + D);
-    const unsigned used = __ballot_sync(~0u, lane < rows && a.seq_lens[b0 + min(lane, rows - 1)] > 0);  // bits of rows
-    fetch_low<T, kWarps>(a, b0, rows, low, stride, states);
+        for (int r = 0; r < kRows; r += kTogether, from += kTogether * of_row) {
+            if (r == kRows / 2) copy_async_commit();  // of at least the first turn
+            const bool has_room = own_row + r < min(rows, 2 * turn_rows);
+#pragma unroll
+            for (int p = 0; p < kParts; p++) {
+                const int place = r * kHeld + p * kVec * kRowThreads;
+                copy_async_if(has_room, to + place * sizeof(S), from + p * kPart);
+            }
+        }
+        copy_async_commit();
+    });
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
-    product.put_spread(sums, rows);
+    Pack<T, 2> x[TILES], z[TILES];
+    const int length = a.seq_lens[b0 + min(lane, rows - 1)];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        const int64_t row = b0 + min(warp + tile * kWarps, rows - 1);
+        const T* const xz = static_cast<const T*>(a.xz) + 2 * row * D + pair;
+        x[tile] = load<T, 2>(xz), z[tile] = load<T, 2>(xz + D);
+    }
+    uint4 rates[kOwn / 4];  // volatile, or the compiler would read them where they are needed; so the next
+#pragma unroll
+    for (int i = 0; i < kOwn / 4; i++) rates[i] = step::load_weights<16>(a.A + int64_t{c} * N + kVec * share + i * kFour);
+    uint32_t biases[2]{}, skips[2]{};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (a.dt_bias != nullptr) biases[i] = step::load_weights<4>(a.dt_bias + pair + i);
+        if (a.D != nullptr) skips[i] = step::load_weights<4>(a.D + pair + i);
+    }
+    product.template put_spread<kChannels>(sums + output, rows);
+    const unsigned used = __ballot_sync(~0u, length > 0);  // bits of rows
     __syncthreads();
 
-    Pack<float, 4> needed[2];  // delta log2(e), delta x, D x and silu(z)
-    if (warp < rows) {
-        const float2 sum = Own::sum_of_pair(sums, rows, warp, 2 * lane);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        const int r = warp + tile * kWarps;
+        if (r >= rows) break;
+        float* const here = sums + r * kUpdateSums;
+        const float2 sum = Own::template sum_of_pair<kChannels>(here, r, 2 * lane);
+        __syncwarp();  // what this warp alone reads it also writes
         const float dt[2] = {sum.x, sum.y};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float bias = a.dt_bias != nullptr ? __ldg(a.dt_bias + pair + i) : 0.0f;
-            const float skip = a.D != nullptr ? __ldg(a.D + pair + i) : 0.0f, value = to_float(x.v[i]);
-            const float delta = softplus(to_float(from_float<T>(dt[i])) + bias);
-            needed[i] = {kLog2E * delta, delta * value, skip * value, silu(to_float(z.v[i]))};
+            const float value = to_float(x[tile].v[i]);
+            const float delta = softplus(to_float(from_float<T>(dt[i])) + __uint_as_float(biases[i]));
+            const Pack<float, 4> needed{  // delta log2(e), delta x, D x and silu(z)
+                kLog2E * delta, delta * value, __uint_as_float(skips[i]) * value, silu(to_float(z[tile].v[i]))};
+            store(here + 4 * (2 * lane + i), needed);
         }
     }
-    const Pack<float, 4> A = load_constant<float, 4>(a.A + int64_t{c} * N + 4 * share);
-    __syncthreads();
-    if (warp < rows) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) store(found + 4 * (warp * kChannels + 2 * lane + i), needed[i]);
-    }
-    copy_async_wait<0>();  // of what this thread alone reads
     __syncthreads();
 
     const bool exists = first + of_block < D;
-    S* after = static_cast<S*>(a.ssm_state_out) + own_state;
-    T* to = static_cast<T*>(a.y) + int64_t{b0} * D + c;
-    const float *own = found + 4 * of_block, *B_row = states + 4 * share;
-#pragma unroll 2
-    for (int r = 0; r < rows; r++, after += of_row, to += D, own += 4 * kChannels, B_row += 2 * N) {
-        const Pack<float, 4> B = load<float, 4>(B_row), C = load<float, 4>(B_row + N), of = load<float, 4>(own);
-        const bool is_used = used >> r & 1;
-        Neighbours<S, 4> state;
-        state.load_written(held + r * 4 * kThreads);
-        float h[4], y = 0.0f;
-        state.get(h);
+    Pack<float, kOwn> A;
+    memcpy(&A, rates, sizeof(A));
+    const auto take = [](const float* from) {  // what is multiplied with a lane's states
+        Pack<float, kOwn> own;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            h[i] = fmaf(exp2_approx(of.v[0] * A.v[i]), h[i], of.v[1] * B.v[i]);
-            y = fmaf(h[i], C.v[i], y);
+        for (int i = 0; i < kOwn; i += 4) {
+            const Pack<float, 4> four = load<float, 4>(from + i / 4 * kFour);
+#pragma unroll
+            for (int k = 0; k < 4; k++) own.v[i + k] = four.v[k];
         }
-        if (is_used) state.set(h);
-        if (exists) state.store_streaming(after);
+        return own;
+    };
+    const S* next = before + 2 * turn_rows * of_row;  // to follow on their way
+    S* after = static_cast<S*>(a.ssm_state_out) + own_state;
+    T* to = static_cast<T*>(a.y) + int64_t{b0 + own_row} * D + c;
+    const float *found_row = found + own_row * kUpdateSums + 4 * of_block, *B_row = states + own_row * 2 * N + kVec * share;
+    int r = own_row;
+#pragma unroll 1
+    for (int start = 0, half = 0; start < rows; start += turn_rows, half ^= 1) {
+        copy_async_wait<1>();  // for the older of two turns, of what this thread alone reads
+        S* from = held + (half * turn_rows + r - start) * kHeld;
+#pragma unroll 1
+        for (const int end = min(start + turn_rows, rows); r < end; r += kTogether) {
+            const Pack<float, kOwn> B = take(B_row), C = take(B_row + N);
+            const Pack<float, 4> of = load<float, 4>(found_row);
+            const bool is_used = used >> r & 1;
+            Neighbours<S, kVec> state[kParts];
+            float y = 0.0f;
 #pragma unroll
-        for (int offset = kUpdateLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
-        if (share == 0 && exists) *to = from_float<T>(is_used ? (y + of.v[2]) * of.v[3] : 0.0f);
+            for (int p = 0; p < kParts; p++) {
+                S* const place = from + p * kVec * kRowThreads;
+                state[p].load_written(place);
+                float h[kVec];
+                state[p].get(h);
+#pragma unroll
+                for (int i = 0; i < kVec; i++) {
+                    const int n = p * kVec + i;
+                    h[i] = fmaf(exp2_approx(of.v[0] * A.v[n]), h[i], of.v[1] * B.v[n]);
+                    y = fmaf(h[i], C.v[n], y);
+                }
+                if (is_used) state[p].set(h);
+                if (exists) state[p].store_streaming(after + p * kPart);
+                if constexpr (TILES > 1) {
+                    copy_async_if(r + 2 * turn_rows < rows, shared_address(place), next + p * kPart);
+                }
+            }
+#pragma unroll
+            for (int offset = kLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
+            if (share == 0 && exists) *to = from_float<T>(is_used ? (y + of.v[2]) * of.v[3] : 0.0f);
+            from += kTogether * kHeld, next += kTogether * of_row, after += kTogether * of_row, to += kTogether * D;
+            found_row += kTogether * kUpdateSums, B_row += kTogether * 2 * N;
+        }
+        copy_async_commit();
     }
 #endif
 }

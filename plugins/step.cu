@@ -275,6 +275,34 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     return start(head_kernel<T>, grid, 32 * kHeadWarps, bytes(a), device, stream, a);
 }
 
+// Of 16 states and 16-bit weights: with so many rows a block, from 3 to 16, that waves of blocks, four on a multiprocessor, end
+// soonest. What a block does besides its rows is taken to last as long as kStart of them.
+template <typename T, typename S, typename Waves>
+cudaError_t update_rows(
+    const MambaSelectiveUpdate& c, int64_t groups, Waves&& waves, const Device& device, cudaStream_t stream) {
+    constexpr int kBlocks = 4, kStart = 12, kLeastTurn = 3, kHeld = 16 * scan::kUpdateChannels<T>;
+    const auto bytes = [&](int rows, int turn) {
+        return scan::UpdateLayout(c, rows, sizeof(T), scan::kUpdateSums, std::min(rows, 2 * turn), kHeld).bytes;
+    };
+    // Half of the rows whose old states a block holds: of up to 8 all, of more as many as let four share a multiprocessor.
+    const auto turn_of = [&](int rows) {
+        const int half = (rows + 1) / 2, room = (device.shared_bytes + 1024) / kBlocks - 1024 - bytes(rows, 0);
+        return rows <= kColumns ? half : std::min(half, room / static_cast<int>(2 * kHeld * sizeof(S)));
+    };
+    int rows = 3;
+    const auto cost = [&](int rows) { return waves(rows, kBlocks) * (rows + kStart); };
+    for (int more = 4; more <= std::min(c.batch, 2 * kColumns); more++) {
+        if (cost(more) < cost(rows) && (more <= kColumns || turn_of(more) >= kLeastTurn)) rows = more;
+    }
+    while (rows > 1 && bytes(rows, turn_of(rows)) > device.shared_bytes) rows--;
+    const int turn = turn_of(rows), shared = bytes(rows, turn);
+    if (shared > device.shared_bytes) return cudaErrorInvalidValue;
+    const auto kernel = rows <= kColumns ? scan::update_rows_kernel<T, S, 1> : scan::update_rows_kernel<T, S, 2>;
+    const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
+    const int threads = 32 * scan::kUpdateWarps<T>;
+    return start(kernel, grid, threads, shared, device, stream, MambaSelectiveUpdate(c), int(rows), int(turn));
+}
+
 template <typename T>
 cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     if (!is_valid(c.batch, c.length, c.dtype, c.dt_weight, c.channels) || c.rank < 1 || c.state_size < 1 ||
@@ -286,36 +314,31 @@ cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     Device device;
     const cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
-    // The fewest rows a block with which all blocks run at once, if there is room for them.
-    const bool many = sizeof(T) == 2 && device.major >= 8 && c.state_size == 16;  // can be update_rows_kernel's
     const int64_t groups = ceil_div(c.channels, scan::kUpdateChannels<T>);
-    const auto fits = [&](int rows, int blocks) {
-        return groups * ceil_div(c.batch, rows) <= blocks * int64_t{device.multiprocessors};
+    const auto waves = [&](int rows, int blocks) {
+        return ceil_div(groups * ceil_div(c.batch, rows), blocks * int64_t{device.multiprocessors});
     };
-    int rows = 1;
-    while (rows < std::min(c.batch, kColumns) && !fits(rows, rows > 2 && many ? 4 : 2)) rows++;
-    const auto run = [&](auto kernel, int held) {
-        const auto bytes = [&](int rows) {
-            const int sums = scan::kUpdateWarps<T> * scan::kUpdateChannels<T>;
-            return scan::UpdateLayout(c, rows, sizeof(T), sums, held).bytes;
-        };
-        while (rows > 1 && bytes(rows) > device.shared_bytes) rows--;
-        const int shared = bytes(rows);
-        if (shared > device.shared_bytes) return cudaErrorInvalidValue;
-        const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
-        return start(kernel, grid, 32 * scan::kUpdateWarps<T>, shared, device, stream, MambaSelectiveUpdate(c), int(rows));
-    };
-    if (rows == 1) return run(scan::update_kernel<T, 1>, 0);
-    if (rows == 2) return run(scan::update_kernel<T, 2>, 0);
     if constexpr (sizeof(T) == 2) {
-        if (many) {
-            constexpr int kHeld = 4 * 32 * scan::kUpdateWarps<T>;
+        if (device.major >= 8 && c.state_size == 16 && c.batch > 2 && waves(2, 2) > 1) {
             cudaError_t started = cudaErrorInvalidValue;
-            with_dtype(c.state_dtype, [&](auto s) { started = run(scan::update_rows_kernel<T, decltype(s)>, kHeld); });
+            with_dtype(
+                c.state_dtype, [&](auto s) { started = update_rows<T, decltype(s)>(c, groups, waves, device, stream); });
             return started;
         }
     }
-    return run(scan::update_kernel<T, kColumns>, 0);
+    // The fewest rows a block with which all blocks run at once, if there is room for them.
+    int rows = 1;
+    while (rows < std::min(c.batch, kColumns) && waves(rows, 2) > 1) rows++;
+    const auto kernel = rows == 1   ? scan::update_kernel<T, 1>
+                        : rows == 2 ? scan::update_kernel<T, 2>
+                                    : scan::update_kernel<T, kColumns>;
+    const auto bytes = [&] {
+        return scan::UpdateLayout(c, rows, sizeof(T), scan::kUpdateWarps<T> * scan::kUpdateChannels<T>).bytes;
+    };
+    while (rows > 1 && bytes() > device.shared_bytes) rows--;
+    if (bytes() > device.shared_bytes) return cudaErrorInvalidValue;
+    const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
+    return start(kernel, grid, 32 * scan::kUpdateWarps<T>, bytes(), device, stream, MambaSelectiveUpdate(c), int(rows));
 }
 
 template <typename Call>

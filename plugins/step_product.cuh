@@ -67,17 +67,18 @@ struct SharedX {
     const T* values;
     int stride, rows;
 
-    // Four inputs of row g.
-    __device__ __forceinline__ uint2 four(int k) const {
-        const int row = threadIdx.x % 32 / 4;
+    // Four inputs of row g of a tile.
+    __device__ __forceinline__ uint2 four(int k, int tile) const {
+        const int row = kColumns * tile + threadIdx.x % 32 / 4;
         return row < rows ? *reinterpret_cast<const uint2*>(values + row * stride + k) : make_uint2(0, 0);
     }
     __device__ __forceinline__ float one(int row, int k) const { return to_float(values[row * stride + k]); }
 };
 
 // WARPS warps along the inputs. RING: what is in flight waits in shared memory. DEPTH: steps, of 16 inputs, that a warp has
-// in flight, or 0: as many as were fastest.
-template <typename T, int BYTES, int WARPS, bool RING = false, int DEPTH = 0>
+// in flight, where inputs are so few that it hardly has more; or 0: as many as were fastest. TILES: of 8 rows, on tensor
+// cores; else there is one.
+template <typename T, int BYTES, int WARPS, bool RING = false, int DEPTH = 0, int TILES = 1>
 struct Product {
     static constexpr int kVec = BYTES / sizeof(T), kOutputs = 8 * kVec;
     static constexpr int kFastest = BYTES == 16 ? (kOnHopper ? 3 : 2) : BYTES == 4 || RING ? 8 : 6;
@@ -86,14 +87,15 @@ struct Product {
     static constexpr int kThreads = 32 * WARPS;
     static constexpr int kRingBytes = RING ? kDepth * 4 * BYTES * kThreads : 0;
     using Bits = typename Word<BYTES>::type;
-    static constexpr bool kTensor = kTensorCores<T>;
+    static constexpr bool kTensor = kTensorCores<T>, kFew = DEPTH > 0;
+    static_assert(!kFew || !RING, "with few inputs all are in registers");
 
     const T *column, *next;  // of this lane: the first input, and what is to be read next
     int64_t stride, far;     // from an input to the next, from a warp's step to its next
     int inputs, steps, warp;  // whole steps
     char* ring;               // of this thread
     Bits held[RING ? 1 : kDepth][4];
-    float sums[kTensor ? kVec / 2 : kColumns][kTensor ? 4 : kVec];
+    float sums[kTensor ? TILES * kVec / 2 : kColumns][kTensor ? 4 : kVec];
 
     // Of kOutputs outputs from `first` on; those past the end are read as others, in vain.
     __device__ __forceinline__ Product(const T* weights, int inputs, int outputs, int first, int warp, char* ring)
@@ -110,10 +112,11 @@ struct Product {
     }
 
     // Begins to read.
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ void begin() { begin(warp); }
+    __device__ __forceinline__ void begin(int step) {
 #pragma unroll
         for (int d = 0; d < kDepth; d++) {
-            if (warp + d * WARPS < steps) load(d);
+            if (step + d * WARPS < steps) load(d);
             commit();
         }
     }
@@ -155,7 +158,7 @@ struct Product {
     __device__ __forceinline__ void run(const SharedX<T>& x) {
         int step = warp;
 #pragma unroll 1
-        for (; step + (2 * kDepth - 1) * WARPS < steps; step += kRound) {
+        for (; !kFew && step + (2 * kDepth - 1) * WARPS < steps; step += kRound) {
 #pragma unroll
             for (int d = 0; d < kDepth; d++) {
                 Bits now[4];
@@ -167,25 +170,26 @@ struct Product {
         }
 #pragma unroll 1
         for (; step < steps; step += kRound) {
-            uint2 given[kDepth];  // of x, before anything is waited for
-            if constexpr (kTensor) {
+            uint2 given[kDepth][TILES];  // of x, of one tile before anything is waited for
+            if constexpr (kTensor && TILES == 1) {
 #pragma unroll
-                for (int d = 0; d < kDepth; d++) given[d] = x.four(16 * min(step + d * WARPS, steps - 1) + lane_k());
+                for (int d = 0; d < kDepth; d++) fetch(given[d], x, 16 * min(step + d * WARPS, steps - 1) + lane_k());
             }
 #pragma unroll
             for (int d = 0; d < kDepth; d++) {
                 if (step + d * WARPS < steps) {
                     Bits now[4];
                     take(now, d);
-                    if constexpr (kTensor) {
+                    if constexpr (kTensor && TILES == 1) {
                         multiply_given(now, given[d]);
                     } else {
                         multiply(now, x, 16 * (step + d * WARPS));
                     }
-                    if (step + d * WARPS + kRound < steps) load(d);
+                    if (!kFew && step + d * WARPS + kRound < steps) load(d);
                     commit();
                 }
             }
+            if (kFew && step + kRound < steps) begin(step + kRound);
         }
         finish(x);
     }
@@ -204,21 +208,31 @@ struct Product {
         multiply(last, x, 16 * steps);
     }
 
-    __device__ __forceinline__ void multiply_given(const Bits (&now)[4], uint2 given) {
+    static __device__ __forceinline__ void fetch(uint2 (&given)[TILES], const SharedX<T>& x, int k) {
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) given[tile] = x.four(k, tile);
+    }
+
+    __device__ __forceinline__ void multiply_given(const Bits (&now)[4], const uint2 (&given)[TILES]) {
         uint32_t w[4][BYTES / 4];
         memcpy(w, now, sizeof(w));
 #pragma unroll
         for (int p = 0; p < BYTES / 4; p++) {
             const uint32_t a[4] = {__byte_perm(w[0][p], w[1][p], 0x5410), __byte_perm(w[0][p], w[1][p], 0x7632),
                                    __byte_perm(w[2][p], w[3][p], 0x5410), __byte_perm(w[2][p], w[3][p], 0x7632)};
-            multiply_add<T>(sums[p], a, given.x, given.y);
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                multiply_add<T>(sums[tile * kVec / 2 + p], a, given[tile].x, given[tile].y);
+            }
         }
     }
 
     __device__ __forceinline__ void multiply(const Bits (&now)[4], const SharedX<T>& x, int k) {
         k += lane_k();
         if constexpr (kTensor) {
-            multiply_given(now, x.four(k));
+            uint2 given[TILES];
+            fetch(given, x, k);
+            multiply_given(now, given);
         } else {
             T w[4][kVec];
             memcpy(w, now, sizeof(w));
@@ -272,29 +286,37 @@ struct Product {
         return v;
     }
 
-    // As put(), from tensor cores and of 16 bytes: pairs change places within eight values, so that rows fall on different
-    // banks. sum_of_pair() finds them.
+    // From tensor cores and of 8 bytes, to [rows, WARPS, OUTPUTS] in shared memory, `to` being where this product's outputs
+    // begin: pairs change places within 32 values, so that rows fall on different banks. sum_of_pair() finds them.
+    template <int OUTPUTS>
     __device__ __forceinline__ void put_spread(float* to, int rows) {
-        static_assert(kTensor && kVec == 8, "a lane has eight values of a row");
+        static_assert(kTensor && kVec == 4, "half a warp's lanes, which write at once, fill the banks");
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        to += warp * OUTPUTS;
 #pragma unroll
-        for (int c = 0; c < 2; c++) {
-            if (2 * t + c >= rows) break;
-            float* const of_row = to + (warp * rows + 2 * t + c) * kOutputs + kVec * g;
+        for (int r = 0; r < 2 * TILES; r++) {
+            const int tile = r / 2, c = r % 2, row = kColumns * tile + 2 * t + c;
+            if (row >= rows) break;
 #pragma unroll
             for (int p = 0; p < kVec / 2; p++) {
-                *reinterpret_cast<float2*>(of_row + 2 * (p ^ t)) = make_float2(sums[p][c], sums[p][c + 2]);
+                const float(&sum)[4] = sums[tile * kVec / 2 + p];
+                const int place = row * WARPS * OUTPUTS + ((kVec * g + 2 * p) ^ spread(2 * t));
+                *reinterpret_cast<float2*>(to + place) = make_float2(sum[c], sum[c + 2]);
             }
         }
     }
 
-    // What the warps put there spread of outputs i and i + 1 of a row, i even.
-    static __device__ __forceinline__ float2 sum_of_pair(const float* from, int rows, int row, int i) {
-        from += row * kOutputs + (i ^ row / 2 * 2);
+    // The two bits of t in what the two of g, and p, leave free.
+    static __device__ __forceinline__ int spread(int row) { return (row & 2) | (row & 4) << 2; }
+
+    // What the warps put there of outputs i and i + 1 of a row, which begins at `from`; i is even.
+    template <int OUTPUTS>
+    static __device__ __forceinline__ float2 sum_of_pair(const float* from, int row, int i) {
+        from += i ^ spread(row);
         float2 v = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float2 part = *reinterpret_cast<const float2*>(from + w * rows * kOutputs);
+            const float2 part = *reinterpret_cast<const float2*>(from + w * OUTPUTS);
             v.x += part.x;
             v.y += part.y;
         }

@@ -239,6 +239,26 @@ def test_more_rows_of_published_sizes(op: str, case: dict[str, Any], T: torch.dt
         check(launch(op, args), op, args, T)
 
 
+BLOCKS = [  # updates in blocks of 11, 12, 16 and 9 rows on an H200, the last of 9, 7, 16 and 4; of 8 channels of 64
+    (64, {"D": 5120, "R": 160}),
+    (67, {"D": 5120, "R": 160}),
+    (96, {"D": 5120, "R": 160}),
+    (67, {"D": 8200, "R": 250, "eps": 1e-6}),
+]
+
+
+@pytest.mark.parametrize("S", TYPES, ids=str)
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("B", "case"), BLOCKS, ids=str)
+def test_updates_in_blocks_of_more_than_8_rows(B: int, case: dict[str, Any], T: torch.dtype, S: torch.dtype) -> None:
+    args = selective_update(Draw(T, B, seed=B), S=S, **case)
+    found = launch("selective_update", args, same=B == 67)
+    reads = check(found, "selective_update", args, T)
+    assert found[0].isfinite().all()
+    kept = args[state_at(args)]
+    assert torch.equal(bits(found[1].cpu()[~reads]), bits(kept[~reads])), "a row of length 0 changed its state"
+
+
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_row_is_the_row_alone(op: str, B: int) -> None:
