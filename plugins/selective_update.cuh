@@ -259,21 +259,19 @@ constexpr int kUpdateAlong = 4;  // warps along the inputs of the product of upd
 constexpr int kUpdateSums = kUpdateChannels<__half> * kUpdateAlong;  // of a row
 
 // Of 16 states of type S, 16-bit weights, on tensor cores, of up to TILES times 8 rows. A warp finds what the lanes of all
-// channels need of a row, and leaves it in shared memory, four values a channel, where the row's sums were. Then two lanes
-// share a channel, half of the warps a row. Old states come through a ring of two halves of turn_rows rows that take turns;
-// up to 8 rows are all in it. What is waited for first is asked for first: weights, dt's input, old states, then the rest.
+// channels need of a row, and leaves it in shared memory, four values a channel, where the row's sums were. Then four lanes
+// share a channel. Old states come through a ring of two halves of turn_rows rows that take turns; up to 8 rows are all in
+// it. What is waited for first is asked for first: weights, dt's input, old states, then the rest.
 template <typename T, typename S, int TILES>
 __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) update_rows_kernel(
     const MambaSelectiveUpdate a, const int rows_of_block, const int turn_rows) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kRows = TILES * step::kColumns, N = 16;
-    constexpr int kLanes = 2, kOwn = N / kLanes, kHeld = kChannels * N;  // of a channel; of a lane; states of a row
-    // A lane reads and writes 16 bytes at once. Of float32 those are half of its states, and its neighbour's lie between.
-    constexpr int kVec = 16 / sizeof(S), kParts = kOwn / kVec, kPart = kVec * kLanes, kFour = kParts == 1 ? 4 : kPart;
-    constexpr int kRowThreads = kChannels * kLanes, kTogether = 32 * kWarps / kRowThreads;  // of a row; rows
+    constexpr int kLanes = kUpdateLanes, kOwn = N / kLanes, kHeld = kChannels * N;  // of a channel; of a lane; of a row
     using Own = step::Product<T, 8, kUpdateAlong, false, 3, TILES>;
     constexpr int kShares = kChannels / Own::kOutputs;  // warps across the outputs
     static_assert(kWarps == step::kColumns && kChannels == 64, "a lane has two channels of its warp's row");
+    static_assert(32 * kWarps == kChannels * kLanes, "all threads have their part of each row");
     static_assert(kWarps == kShares * kUpdateAlong && kUpdateSums == 4 * kChannels, "sums lie where what is found will");
     extern __shared__ float4 memory[];
     char* const shared = reinterpret_cast<char*>(memory);
@@ -283,39 +281,34 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     float* const found = sums;                                               // [rows, channels, 4]
     float* const states = reinterpret_cast<float*>(shared + layout.states);  // [rows, 2 N]
     T* const low = reinterpret_cast<T*>(shared + layout.low);                // [rows, stride]
-    S* const held = reinterpret_cast<S*>(shared + layout.held) + kVec * (threadIdx.x % kRowThreads);
+    S* const held = reinterpret_cast<S*>(shared + layout.held) + kOwn * threadIdx.x;  // [turns of rows, threads]
     const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = warp % kShares * Own::kOutputs;
 
     Own product(static_cast<const T*>(a.dt_weight), R, D, first + output, warp / kShares, nullptr);
     product.begin();
-    const int of_block = threadIdx.x / kLanes % kChannels, share = threadIdx.x % kLanes, c = min(first + of_block, D - 1);
-    const int pair = min(first + 2 * lane, D - 2), own_row = threadIdx.x / kRowThreads;  // and each kTogether-th after it
+    const int of_block = threadIdx.x / kLanes % kChannels;  // all of it; told its range, the compiler spills nothing
+    const int share = threadIdx.x % kLanes, c = min(first + of_block, D - 1), pair = min(first + 2 * lane, D - 2);
     prefetch(a.A + int64_t{c} * N + kOwn * share);
     if (a.dt_bias != nullptr) prefetch(a.dt_bias + pair);
     if (a.D != nullptr) prefetch(a.D + pair);
-    const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0 + own_row} * D + c) * N + kVec * share;
-    const S *const before = static_cast<const S*>(a.ssm_state) + own_state, *line = before + share * kTogether * of_row;
+    const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0} * D + c) * N + kOwn * share;
+    const S *const before = static_cast<const S*>(a.ssm_state) + own_state, *line = before + share * of_row;
 #pragma unroll
-    for (int r = 0; r < kRows; r += kLanes * kTogether, line += kLanes * kTogether * of_row) {
-        if (own_row + share * kTogether + r < rows) prefetch(line);
+    for (int r = 0; r < kRows; r += kLanes, line += kLanes * of_row) {
+        if (r + share < rows) prefetch(line);
     }
     let_next_start();
     wait_for_previous();
 
     fetch_low<T, kWarps, kRows>(a, b0, rows, low, stride, states, [&] {
         copy_async_commit();  // of none: else the compiler has copies go ahead of what fetch_low() asks for
-        const uint32_t to = shared_address(held + own_row * kHeld);
+        const uint32_t to = shared_address(held);
         const S* from = before;
 #pragma unroll
-        for (int r = 0; r < kRows; r += kTogether, from += kTogether * of_row) {
+        for (int r = 0; r < kRows; r++, from += of_row) {
             if (r == kRows / 2) copy_async_commit();  // of at least the first turn
-            const bool has_room = own_row + r < min(rows, 2 * turn_rows);
-#pragma unroll
-            for (int p = 0; p < kParts; p++) {
-                const int place = r * kHeld + p * kVec * kRowThreads;
-                copy_async_if(has_room, to + place * sizeof(S), from + p * kPart);
-            }
+            copy_async_if<kOwn * sizeof(S)>(r < min(rows, 2 * turn_rows), to + r * kHeld * sizeof(S), from);
         }
         copy_async_commit();
     });
@@ -329,10 +322,8 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
         const T* const xz = static_cast<const T*>(a.xz) + 2 * row * D + pair;
         x[tile] = load<T, 2>(xz), z[tile] = load<T, 2>(xz + D);
     }
-    uint4 rates[kOwn / 4];  // volatile, or the compiler would read them where they are needed; so the next
-#pragma unroll
-    for (int i = 0; i < kOwn / 4; i++) rates[i] = step::load_weights<16>(a.A + int64_t{c} * N + kVec * share + i * kFour);
-    uint32_t biases[2]{}, skips[2]{};
+    const uint4 rates = step::load_weights<16>(a.A + int64_t{c} * N + kOwn * share);  // volatile, or the compiler would read
+    uint32_t biases[2]{}, skips[2]{};                                                // it where it is needed; so these
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         if (a.dt_bias != nullptr) biases[i] = step::load_weights<4>(a.dt_bias + pair + i);
@@ -363,56 +354,37 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
 
     const bool exists = first + of_block < D;
     Pack<float, kOwn> A;
-    memcpy(&A, rates, sizeof(A));
-    const auto take = [](const float* from) {  // what is multiplied with a lane's states
-        Pack<float, kOwn> own;
-#pragma unroll
-        for (int i = 0; i < kOwn; i += 4) {
-            const Pack<float, 4> four = load<float, 4>(from + i / 4 * kFour);
-#pragma unroll
-            for (int k = 0; k < 4; k++) own.v[i + k] = four.v[k];
-        }
-        return own;
-    };
+    memcpy(&A, &rates, sizeof(A));
     const S* next = before + 2 * turn_rows * of_row;  // to follow on their way
     S* after = static_cast<S*>(a.ssm_state_out) + own_state;
-    T* to = static_cast<T*>(a.y) + int64_t{b0 + own_row} * D + c;
-    const float *found_row = found + own_row * kUpdateSums + 4 * of_block, *B_row = states + own_row * 2 * N + kVec * share;
-    int r = own_row;
+    T* to = static_cast<T*>(a.y) + int64_t{b0} * D + c;
+    const float *found_row = found + 4 * of_block, *B_row = states + kOwn * share;
+    int r = 0;
 #pragma unroll 1
     for (int start = 0, half = 0; start < rows; start += turn_rows, half ^= 1) {
         copy_async_wait<1>();  // for the older of two turns, of what this thread alone reads
         S* from = held + (half * turn_rows + r - start) * kHeld;
-#pragma unroll 1
-        for (const int end = min(start + turn_rows, rows); r < end; r += kTogether) {
-            const Pack<float, kOwn> B = take(B_row), C = take(B_row + N);
+#pragma unroll 2
+        for (const int end = min(start + turn_rows, rows); r < end; r++) {
+            const Pack<float, kOwn> B = load<float, kOwn>(B_row), C = load<float, kOwn>(B_row + N);
             const Pack<float, 4> of = load<float, 4>(found_row);
             const bool is_used = used >> r & 1;
-            Neighbours<S, kVec> state[kParts];
-            float y = 0.0f;
+            Neighbours<S, kOwn> state;
+            state.load_written(from);
+            float h[kOwn], y = 0.0f;
+            state.get(h);
 #pragma unroll
-            for (int p = 0; p < kParts; p++) {
-                S* const place = from + p * kVec * kRowThreads;
-                state[p].load_written(place);
-                float h[kVec];
-                state[p].get(h);
-#pragma unroll
-                for (int i = 0; i < kVec; i++) {
-                    const int n = p * kVec + i;
-                    h[i] = fmaf(exp2_approx(of.v[0] * A.v[n]), h[i], of.v[1] * B.v[n]);
-                    y = fmaf(h[i], C.v[n], y);
-                }
-                if (is_used) state[p].set(h);
-                if (exists) state[p].store_streaming(after + p * kPart);
-                if constexpr (TILES > 1) {
-                    copy_async_if(r + 2 * turn_rows < rows, shared_address(place), next + p * kPart);
-                }
+            for (int i = 0; i < kOwn; i++) {
+                h[i] = fmaf(exp2_approx(of.v[0] * A.v[i]), h[i], of.v[1] * B.v[i]);
+                y = fmaf(h[i], C.v[i], y);
             }
+            if (is_used) state.set(h);
+            if (exists) state.store_streaming(after);
+            if (TILES > 1) copy_async_if<kOwn * sizeof(S)>(r + 2 * turn_rows < rows, shared_address(from), next);
 #pragma unroll
             for (int offset = kLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
             if (share == 0 && exists) *to = from_float<T>(is_used ? (y + of.v[2]) * of.v[3] : 0.0f);
-            from += kTogether * kHeld, next += kTogether * of_row, after += kTogether * of_row, to += kTogether * D;
-            found_row += kTogether * kUpdateSums, B_row += kTogether * 2 * N;
+            from += kHeld, next += of_row, after += of_row, to += D, found_row += kUpdateSums, B_row += 2 * N;
         }
         copy_async_commit();
     }

@@ -63,10 +63,16 @@ __device__ __forceinline__ void copy_async_whole(uint32_t to, const void* from) 
     }
 }
 
-// 16 bytes, if `wanted`, without a branch: a compiler puts three instructions before the first copy after each.
+// 8 or 16 bytes, if `wanted`, without a branch: a compiler puts three instructions before the first copy after each.
+template <int BYTES>
 __device__ __forceinline__ void copy_async_if(bool wanted, uint32_t to, const void* from) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
-                 : : "r"(to), "l"(from), "r"(uint32_t{wanted}) : "memory");
+    if constexpr (BYTES == 16) {
+        asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
+                     : : "r"(to), "l"(from), "r"(uint32_t{wanted}) : "memory");
+    } else {
+        asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3;}"
+                     : : "r"(to), "l"(from), "r"(uint32_t{wanted}), "n"(BYTES) : "memory");
+    }
 }
 
 // This thread's copies since the last call become a group.
