@@ -83,7 +83,13 @@ class _Layout(ctypes.Structure):
     _fields_ = [("tiles", c_uint32), ("channels", c_int32), ("stages", c_int32)]
 
 
+class _Help(ctypes.Structure):
+    _fields_ = [("heads", c_int32), ("blocks", c_int32), ("length", c_int32), ("chunks", c_int32), ("left", c_void_p)]
+
+
 _CHUNK = 64
+_HELPED_CHANNELS, _MOST_HELPED, _MOST_HELP_FLOATS, _LEAST_HELPED_CHUNKS = 64, 120, 1 << 24, 8
+_PASS_US, _FINISH = 5.0, 0.2
 
 
 def _ssd_room(call: Any) -> int:
@@ -99,9 +105,31 @@ def _segments_floats(call: Any) -> int:
     return 0 if room == 1 else ceil_div(room * (_segment_floats(call) + call.batch * call.heads), 64) * 64
 
 
+def _helped_blocks(call: Any) -> int:
+    """Blocks of heads where helpers may be of use, else 0."""
+    tiles = ceil_div(call.head_dim, _HELPED_CHANNELS)
+    blocks = call.batch * call.heads * tiles
+    fits = call.head_dim > tiles * (_HELPED_CHANNELS - 16) and call.state_size <= 128 and call.dtype != 0
+    return blocks if fits and blocks <= _MOST_HELPED and ceil_div(call.length, _CHUNK) >= _LEAST_HELPED_CHUNKS else 0
+
+
+def _own_chunks(chunks: int, heads: int) -> int:
+    return ceil_div(heads * chunks + heads - 1, heads + 1)
+
+
+def _help_floats(call: Any, heads: int) -> int:
+    chunks, nt = ceil_div(call.length, _CHUNK), 64 if call.state_size <= 64 else 128
+    of_block = _HELPED_CHANNELS * nt + (chunks - _own_chunks(chunks, heads)) * _CHUNK * (_HELPED_CHANNELS + 1)
+    return _helped_blocks(call) * of_block
+
+
+def _floats_between(call: Any) -> int:
+    return max(_segments_floats(call), min(_help_floats(call, 1), _MOST_HELP_FLOATS))
+
+
 def workspace_floats(call: Any) -> int:
-    """Of padded arrays, or of segments."""
-    return (_padding(call, 0).end if _is_padded(call) else 4 * _segments_floats(call)) // 4
+    """Of padded arrays, and of what kernels leave to others."""
+    return (_padding(call, 0).end if _is_padded(call) else 4 * _floats_between(call)) // 4
 
 
 class _Padding(NamedTuple):
@@ -124,7 +152,7 @@ def _padding(call: Any, workspace: int) -> _Padding:
     to = type(call).from_buffer_copy(call)
     P, N = call.head_dim, call.state_size
     to.head_dim, to.state_size = to_P, to_N = padded_size(P), padded_size(N)
-    end = workspace + 4 * _segments_floats(to)
+    end = workspace + 4 * _floats_between(to)
     before, after = [], []
 
     def take(count: int, rows: int, cols: int, item: int) -> int:
@@ -171,7 +199,7 @@ def _ssd_prompt(call: Any, given: tuple[int, int, int] | None, workspace: int, d
     warps = 2 if lanes == 4 else 4
     block_rows = warps * 4 * 32 // lanes
     tiles = ceil_div(call.head_dim, block_rows)
-    segments = _segments(call, tiles, device, (4.0, 0.6, 0.7), workspace)
+    segments, _ = _segments(call, tiles, device, (4.0, 0.6, 0.7), workspace)
     shared = 4 * 16 * (2 * 8 * lanes + 2 * block_rows + 2)
 
     def kernel(output: bool) -> tuple[str, str, int, int]:
@@ -200,17 +228,43 @@ def _ssd_chunked(call: Any, rows: _Rows, workspace: int, device: Device) -> list
         stages -= 1
     if shared(channels, stages, True) > device.shared_bytes:
         return []
-    segments = _segments(call, tiles, device, (1.9, 0.4, 1.0), workspace)
+    chunk_us = 1.9
+    layout = _Layout(tiles, channels, stages)
+    segments, least = _segments(call, tiles, device, (chunk_us, 0.4, 1.0), workspace)
+    heads = _heads_of_helper(call, layout, device, workspace)
+    chunks = ceil_div(call.length, _CHUNK)
+    own = _own_chunks(chunks, heads)
+    if heads and (own + _FINISH * (chunks - own)) * chunk_us + _PASS_US < least:
+        blocks = _helped_blocks(call)
+        help = _Help(heads, blocks, own * _CHUNK, chunks - own, workspace)
+        name, threads = kernel_name("ssd", "helped_kernel", TYPES[call.dtype], nt), 32 * 7 + 2 * _HELPED_CHANNELS
+        grid = (ceil_div(blocks, heads) * (heads + 1),)
+        arguments = (call, rows, help, layout)
+        return [Launch("ssd_helped.cuh", name, grid, (threads,), shared(channels, stages, True), arguments, heads + 1)]
 
     def kernel(output: bool) -> tuple[str, str, int, int]:
         name = kernel_name("ssd", "chunk_kernel", TYPES[call.dtype], nt, output)
         threads = 32 * ((4 if output else 0) + 1 + load) + 2 * channels
         return "ssd_prompt.cuh", name, threads, shared(channels, stages, output)
 
-    return _ssd_launches(call, rows, segments, tiles, kernel(False), kernel(True), _Layout(tiles, channels, stages))
+    return _ssd_launches(call, rows, segments, tiles, kernel(False), kernel(True), layout)
 
 
-def _segments(call: Any, tiles: int, device: Device, costs: tuple[float, float, float], workspace: int) -> _Segments:
+def _heads_of_helper(call: Any, layout: _Layout, device: Device, workspace: int) -> int:
+    """How many heads share a helper, so that all clusters are on the GPU at once; 0: none does."""
+    blocks = _helped_blocks(call)
+    fits = layout.channels == _HELPED_CHANNELS and blocks == call.batch * call.heads * layout.tiles
+    if device.major < 9 or not workspace or not fits:
+        return 0
+    heads = 1 if 2 * blocks <= device.multiprocessors else 2
+    at_once = heads == 1 or 3 * ceil_div(blocks, 2) <= device.multiprocessors * 15 // 16
+    return heads if at_once and _help_floats(call, heads) <= _MOST_HELP_FLOATS else 0
+
+
+def _segments(
+    call: Any, tiles: int, device: Device, costs: tuple[float, float, float], workspace: int
+) -> tuple[_Segments, float]:
+    """And what they take, in microseconds."""
     chunks, blocks = ceil_div(call.length, _CHUNK), call.batch * call.heads * tiles
     chunk_us, state, turn = costs
 
@@ -225,12 +279,12 @@ def _segments(call: Any, tiles: int, device: Device, costs: tuple[float, float, 
         if ceil_div(chunks, length) != count:
             continue
         in_turns = load(blocks * count) + state * load(blocks * (count - 1))
-        time = length * chunk_us * in_turns + 5.0 + count * state_bytes / 3e6
+        time = length * chunk_us * in_turns + _PASS_US + count * state_bytes / 3e6
         if time < least:
             least, best = time, length
     count = ceil_div(chunks, best)
     decays = workspace + (4 * count * _segment_floats(call) if count > 1 else 0)
-    return _Segments(count, best * _CHUNK, workspace or None, decays or None)
+    return _Segments(count, best * _CHUNK, workspace or None, decays or None), least
 
 
 def _ssd_launches(

@@ -263,6 +263,24 @@ struct Channels {
         }
     }
 
+    // Rows of 16 channels of states [rows, N], from `row` on; `cols` of the channels are there.
+    __device__ __forceinline__ void read(const void* states, int32_t dtype, int64_t row, int N, int cols) {
+        with_states(const_cast<void*>(states), dtype, [&](auto* from) {
+            from += row * N;
+            each([&](float& v, int n, int p) {
+                if (n < N && p < cols) v = to_float(from[static_cast<int64_t>(p) * N + n]);
+            });
+        });
+    }
+    __device__ __forceinline__ void write(void* states, int32_t dtype, int64_t row, int N, int cols, float unit) {
+        with_states(states, dtype, [&](auto* to) {
+            to += row * N;
+            each([&](float& v, int n, int p) {
+                if (n < N && p < cols) store_as(to + static_cast<int64_t>(p) * N + n, v * unit);
+            });
+        });
+    }
+
     // Of |h|, in all lanes. Four at a time, for one after the other is a long wait; positive floats have the order of their
     // bits.
     __device__ __forceinline__ float largest() const {
@@ -313,9 +331,10 @@ struct Channels {
     }
 
     // y = from_start * (C h^T) + S x + skip * x of a chunk. h_unit: what h is in units of.
+    template <typename Results>
     __device__ __forceinline__ void output(const T* C, const ChunkScores& scores, const ChunkSteps& steps, const T* x_tile,
-                                           int stride, const float2 (&skip)[2], float h_unit, T* y, int row, int rows,
-                                           int cols) {
+                                           int stride, const float2 (&skip)[2], float h_unit, const Results& results,
+                                           int rows) {
         constexpr bool kScaled = IsHalf<T>::value;
         const int lane = not_ahead(this->lane);
         float h_scale = 1.0f;
@@ -370,37 +389,84 @@ struct Channels {
         const int c = lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int t = i * 16 + lane / 4;
 #pragma unroll
             for (int u = 0; u < 2; u++) {
-                const int token = t + 8 * u;
-                uint32_t pair[2];
+                const int token = i * 16 + lane / 4 + 8 * u;
+                float2 v[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    const float2 v =
-                        unpack<T>(*reinterpret_cast<const uint32_t*>(x_tile + token * stride + j * 8 + c));
-                    pair[j] = pack<T>(fmaf(skip[j].x, v.x, out[i][j][2 * u] * unit[i][u]),
-                                      fmaf(skip[j].y, v.y, out[i][j][2 * u + 1] * unit[i][u]));
+                    v[j] = unpack<T>(*reinterpret_cast<const uint32_t*>(x_tile + token * stride + j * 8 + c));
+                    v[j].x = fmaf(skip[j].x, v[j].x, out[i][j][2 * u] * unit[i][u]);
+                    v[j].y = fmaf(skip[j].y, v[j].y, out[i][j][2 * u + 1] * unit[i][u]);
                 }
-                T* const to = y + static_cast<int64_t>(token) * row;
-                const int left_cols = token < rows ? cols : 0;
-                // Neighbouring lanes swap, so that each has four values of one tile.
-                const int odd = lane % 2, p = odd * 8 + c / 4 * 4;
-                const uint32_t got = __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1);
-                const uint2 four = odd ? make_uint2(got, pair[1]) : make_uint2(pair[0], got);
-                if (p < left_cols) *reinterpret_cast<uint2*>(to + p) = four;
+                results.put(i * 2 + u, v, rows, lane);
             }
         }
     }
 };
 
-#endif
+// --- what a block gives
 
-// OUTPUT: y and the state of the last token; else what a segment adds to a state of zero.
-template <typename T, int NT, bool OUTPUT>
-__global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : resident_blocks(2, 1))
-    chunk_kernel(const MambaSsdScan a, const Rows from, const Segments segments, const Layout layout) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+// Of a token and 16 channels of y the values of a quad of lanes: two of channels 0 to 7, two of 8 to 15.
+template <typename T>
+__device__ __forceinline__ void store_outputs(T* to, int cols, const float2 (&v)[2], int lane) {
+    const uint32_t pair[2] = {pack<T>(v[0].x, v[0].y), pack<T>(v[1].x, v[1].y)};
+    // Neighbouring lanes swap, so that each has four values of one tile.
+    const int odd = lane % 2, p = odd * 8 + lane % 4 / 2 * 4;
+    const uint32_t got = __shfl_xor_sync(~0u, odd ? pair[0] : pair[1], 1);
+    const uint2 four = odd ? make_uint2(got, pair[1]) : make_uint2(pair[0], got);
+    if (p < cols) *reinterpret_cast<uint2*>(to + p) = four;
+}
+
+// Of 16 channels, chunk by chunk: y in its dtype, or what is left of a state.
+template <typename T, bool OUTPUT>
+struct ChunkResults {
+    static constexpr bool kOutput = OUTPUT;
+    T* y;  // of the chunk
+    int row, cols;
+    float decay;
+
+    // row: of values, below 2^31 or the launcher refuses.
+    __device__ __forceinline__ void start(const MambaSsdScan& a, int64_t token, int64_t channel, int there) {
+        row = a.heads * a.head_dim;
+        cols = there;
+        y = static_cast<T*>(a.y) + token * row + channel;
+        decay = 1.0f;
+    }
+    // The i-th 8 tokens of a chunk of `rows`.
+    __device__ __forceinline__ void put(int i, const float2 (&v)[2], int rows, int lane) const {
+        const int token = i * 8 + lane / 4;
+        store_outputs(y + static_cast<int64_t>(token) * row, token < rows ? cols : 0, v, lane);
+    }
+    __device__ __forceinline__ void next(const ChunkSteps& steps, int) {
+        if (OUTPUT) {
+            y += static_cast<int64_t>(kChunk) * row;
+        } else {
+            decay *= steps.total;
+        }
+    }
+};
+
+// The first of the channels of this warp, among those of the block.
+template <int NT, bool OUTPUT>
+__device__ __forceinline__ int own_channels() {
+    return (static_cast<int>(threadIdx.x) / 32 - ChunkWarps<NT, OUTPUT>::kChannels) * 16;
+}
+
+extern __shared__ __align__(1024) unsigned char chunk_bytes[];  // GroupRows::right_of needs the alignment
+
+// The part of a row that a block walks over.
+struct Span {
+    Place at;
+    int begin, end;  // tokens
+};
+
+// Over the chunks of a span, by all warps of a block. The warps of the channels, 16 each, call start(state) before the first
+// and finish(state, what it is in units of) after the last, when the block's shared memory is free.
+template <typename T, int NT, typename Results, typename Start, typename Finish>
+__device__ __forceinline__ void walk(const MambaSsdScan& a, const Rows& from, const Layout& layout, const Span& span,
+                                     Results& results, Start&& start, Finish&& finish) {
+    constexpr bool OUTPUT = Results::kOutput;
     using Warps = ChunkWarps<NT, OUTPUT>;
     using Shared = ChunkShared<NT, OUTPUT>;
     using Rows = GroupRows<NT>;
@@ -408,7 +474,6 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
     const int PT = layout.channels, row_x = Shared::row_x(PT), stages = layout.stages;
     const int threads = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    extern __shared__ __align__(1024) unsigned char chunk_bytes[];  // GroupRows::right_of needs the alignment
     T* const values = reinterpret_cast<T*>(chunk_bytes);
     ChunkScores* const scores = reinterpret_cast<ChunkScores*>(values + stages * Shared::stage(PT));  // [2]
     ChunkSteps* const steps = reinterpret_cast<ChunkSteps*>(scores + (OUTPUT ? 2 : 0));               // [stages]
@@ -416,26 +481,12 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
     const auto C_of = [&](int stage) { return B_of(stage) + Shared::kGroup; };
     const auto x_of = [&](int stage) { return B_of(stage) + (OUTPUT ? 2 : 1) * Shared::kGroup; };
 
-    const Place at = place(a, blockIdx.x, layout.tiles);
-    const int segment = static_cast<int>(blockIdx.y);
+    const Place& at = span.at;
+    const int begin = span.begin, end = span.end;
     const int N = a.state_size, P = a.head_dim, p0 = at.tile * PT;
-    const int length = row_length(a, at.b);
-    const int begin = segment * segments.length;
-    const int limit = static_cast<int>(min(static_cast<int64_t>(begin) + segments.length, static_cast<int64_t>(a.length)));
-    const int end = min(limit, length);
     const int chunks = end > begin ? (end - begin + kChunk - 1) / kChunk : 0;
-    const int64_t row0 = at.head * P + p0;  // of [B, H, P]
     const int64_t token0 = static_cast<int64_t>(at.b) * a.length + begin;
     const int64_t channel = static_cast<int64_t>(at.h) * P + p0;
-
-    if (OUTPUT) {
-        clear_outputs<T>(a, at, max(begin, length), limit, p0, min(P, p0 + PT));
-        if (length == 0) {
-            const int64_t last = (row0 + min(PT, P - p0)) * N;
-            if (segments.count == 1) copy_states(a, row0 * N + threadIdx.x, last, threads);
-            return;
-        }
-    }
     const auto rows_of = [&](int chunk) { return min(kChunk, end - begin - chunk * kChunk); };
 
     // A line of work: in turn i chunk i is loaded, S is made of chunk i - ahead, and the channels are at chunk i - last.
@@ -521,10 +572,7 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
         return;
     }
 
-    const int own = (warp - Warps::kChannels) * 16;  // the warp's channels, of the block's
-    const int cols = P - p0 - own;
-    const bool whole = segments.count == 1;
-    const auto state_of = [&](int s) { return segments.states + static_cast<int64_t>(s) * a.batch * a.heads * P * N; };
+    const int own = own_channels<NT, OUTPUT>(), cols = P - p0 - own;
     Channels<T, NT> state;
     state.lane = lane;
     state.each([&](float& v, int, int) { v = 0.0f; });
@@ -537,19 +585,9 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
             skip[j].y = p + 1 < cols ? skip_of(a, at.h, p0 + own + p + 1) : 0.0f;
         }
     };
-    if (OUTPUT) {
-        void* const given = whole ? const_cast<void*>(a.ssm_state) : state_of(segment);
-        with_states(given, whole ? a.state_dtype : MAMBA_FLOAT32, [&](auto* states) {
-            states += (row0 + own) * N;
-            state.each([&](float& v, int n, int p) {
-                if (n < N && p < cols) v = to_float(states[static_cast<int64_t>(p) * N + n]);
-            });
-        });
-        if (kOnHopper) read_skip(lane);
-    }
-    const int y_row = a.heads * P;  // below 2^31, or the launcher refuses
-    T* y = static_cast<T*>(a.y) + token0 * y_row + channel + own;
-    float unit = 1.0f, product = 1.0f;  // h is in units of the first
+    start(state);
+    if (OUTPUT && kOnHopper) read_skip(lane);
+    float unit = 1.0f;  // h is in units of this
     for (int i = 0, stage = 0; i < turns; i++) {
         const int chunk = i - last;
         if (chunk >= 0) {
@@ -558,11 +596,10 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
             if constexpr (OUTPUT) {
                 if (!kOnHopper) read_skip(not_ahead(lane));  // or there are too few registers on some
                 state.output(
-                    C_of(stage), scores[chunk % 2], steps[stage], x, row_x, skip, unit, y, y_row, rows_of(chunk), cols);
-                y += static_cast<int64_t>(kChunk) * y_row;
+                    C_of(stage), scores[chunk % 2], steps[stage], x, row_x, skip, unit, results, rows_of(chunk));
             }
+            results.next(steps[stage], lane);
             float carry = steps[stage].total;
-            if (!OUTPUT) product *= carry;
             if (kScaled) {
                 carry *= unit * inverse_power(steps[stage].unit);
                 unit = steps[stage].unit;
@@ -572,17 +609,56 @@ __global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || N
         }
         barrier_wait(kBarrierAll, threads);
     }
+    finish(state, unit);
+}
 
-    if (OUTPUT && segment != segments.count - 1) return;
-    with_states(OUTPUT ? a.ssm_state_out : state_of(segment), OUTPUT ? a.state_dtype : MAMBA_FLOAT32, [&](auto* states) {
-        states += (row0 + own) * N;
-        state.each([&](float& v, int n, int p) {
-            if (n < N && p < cols) store_as(states + static_cast<int64_t>(p) * N + n, v * unit);
-        });
-    });
-    if (!OUTPUT && at.tile == 0 && own == 0 && lane == 0) {
-        segments.decays[static_cast<int64_t>(segment) * a.batch * a.heads + at.head] = product;
+#endif
+
+// OUTPUT: y and the state of the last token; else what a segment adds to a state of zero.
+template <typename T, int NT, bool OUTPUT>
+__global__ void __launch_bounds__(32 * ChunkWarps<NT, OUTPUT>::kMax, OUTPUT || NT > 128 ? 1 : resident_blocks(2, 1))
+    chunk_kernel(const MambaSsdScan a, const Rows from, const Segments segments, const Layout layout) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const auto here = [&] { return place(a, not_ahead(static_cast<int>(blockIdx.x)), layout.tiles); };
+    const Place at = here();
+    const int segment = static_cast<int>(blockIdx.y);
+    const int N = a.state_size, P = a.head_dim, PT = layout.channels, p0 = at.tile * PT;
+    const int length = row_length(a, at.b);
+    const int begin = segment * segments.length;
+    const int limit = static_cast<int>(min(static_cast<int64_t>(begin) + segments.length, static_cast<int64_t>(a.length)));
+    const int64_t row0 = at.head * P + p0;  // of [B, H, P]
+    const bool whole = segments.count == 1;
+    if (OUTPUT) {
+        clear_outputs<T>(a, at, max(begin, length), limit, p0, min(P, p0 + PT));
+        if (length == 0) {
+            const int64_t last = (row0 + min(PT, P - p0)) * N;
+            if (whole) copy_states(a, row0 * N + threadIdx.x, last, static_cast<int>(blockDim.x));
+            return;
+        }
     }
+
+    const int own = own_channels<NT, OUTPUT>(), cols = P - p0 - own;
+    const auto state_of = [&](int s) { return segments.states + static_cast<int64_t>(s) * a.batch * a.heads * P * N; };
+    ChunkResults<T, OUTPUT> results;
+    const auto start = [&](Channels<T, NT>& state) {
+        if (OUTPUT) {
+            const void* const given = whole ? a.ssm_state : state_of(segment);
+            state.read(given, whole ? a.state_dtype : MAMBA_FLOAT32, row0 + own, N, cols);
+        }
+        const int64_t token0 = static_cast<int64_t>(at.b) * a.length + begin;
+        results.start(a, token0, static_cast<int64_t>(at.h) * P + p0 + own, cols);
+    };
+    const auto finish = [&](Channels<T, NT>& state, float unit) {
+        if (OUTPUT && segment != segments.count - 1) return;
+        const Place at = here();  // not kept: walk() leaves few registers
+        const int first = at.tile * PT + own;
+        void* const to = OUTPUT ? a.ssm_state_out : state_of(segment);
+        state.write(to, OUTPUT ? a.state_dtype : MAMBA_FLOAT32, at.head * P + first, N, P - first, unit);
+        if (!OUTPUT && at.tile == 0 && own == 0 && state.lane == 0) {
+            segments.decays[static_cast<int64_t>(segment) * a.batch * a.heads + at.head] = results.decay;
+        }
+    };
+    walk<T, NT>(a, from, layout, {at, begin, min(limit, length)}, results, start, finish);
 #endif
 }
 

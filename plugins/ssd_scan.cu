@@ -1,13 +1,14 @@
 // MambaSsdScan: which kernel takes a call, and its workspace.
 //
 // One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
-// model: ssd_prompt.cuh, on the tensor cores. Longer ones of other sizes too, on copies padded by pad.cuh. What is
-// left, that is float32, older GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
+// model: ssd_prompt.cuh, on the tensor cores, or ssd_helped.cuh where heads are fewer than multiprocessors, but not so few
+// that segments are faster. Longer ones of other sizes too, on copies padded by pad.cuh. What is left, that is float32, older
+// GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
 #include <algorithm>
 #include <climits>
 
 #include "pad.cuh"
-#include "ssd_prompt.cuh"
+#include "ssd_helped.cuh"
 #include "ssd_recurrent.cuh"
 #include "ssd_step.cuh"
 #include "step_common.cuh"
@@ -47,17 +48,68 @@ int64_t floats_of_segments(const MambaSsdScan& a) {  // all of them with their d
     return segments == 1 ? 0 : ceil_div(segments * (floats_of_segment(a) + heads_of(a)), 64) * 64;
 }
 
+constexpr int64_t kMostHelped = 120;          // blocks of heads: no GPU has room for more
+constexpr int64_t kMostHelpFloats = 1 << 24;  // of what they leave: more would not stay in an L2 cache
+constexpr int64_t kLeastHelpedChunks = 8;
+
+// Blocks of heads where helpers may be of use: of kHelpedChannels, few enough, with enough to do. Else 0.
+int64_t helped_blocks(const MambaSsdScan& a) {
+    const int64_t tiles = ceil_div(a.head_dim, kHelpedChannels), blocks = heads_of(a) * tiles;
+    const bool fits = a.head_dim > tiles * (kHelpedChannels - 16) && a.state_size <= 128 && a.dtype != MAMBA_FLOAT32;
+    return fits && blocks <= kMostHelped && ceil_div(a.length, kChunk) >= kLeastHelpedChunks ? blocks : 0;
+}
+
+// Of a row's chunks, how many a head's own block takes where `heads` of them share a helper: as long as the helper takes for
+// the others. Its line has to fill again for the second, which takes as long as a chunk.
+int64_t own_chunks(int64_t chunks, int64_t heads) { return ceil_div(heads * chunks + heads - 1, heads + 1); }
+
+int64_t floats_of_help(const MambaSsdScan& a, int64_t heads) {
+    const int64_t chunks = ceil_div(a.length, kChunk);
+    return helped_blocks(a) * left_floats(a.state_size <= 64 ? 64 : 128, chunks - own_chunks(chunks, heads));
+}
+
+// What kernels leave to others, in the one way or the other: the same on every GPU, and no less for longer prompts.
+int64_t floats_between(const MambaSsdScan& a) {
+    return std::max(floats_of_segments(a), std::min(floats_of_help(a, 1), kMostHelpFloats));
+}
+
+template <typename... Parameters>
+cudaError_t prepare(void (*kernel)(Parameters...), size_t shared) {
+    const cudaError_t error = allow_shared(kernel, shared);
+    if (error != cudaSuccess || shared <= 48 << 10) return error;
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
+
 template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
                    Parameters... arguments) {
-    const void* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = allow_shared(kernel, shared);
-    if (error == cudaSuccess && shared > 48 << 10) {
-        error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-    }
+    const cudaError_t error = prepare(kernel, shared);
     if (error != cudaSuccess) return error;
     void* pointers[] = {&arguments...};
-    return cudaLaunchKernel(function, grid, dim3(threads), pointers, shared, stream);
+    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared, stream);
+}
+
+// Of clusters of blocks along x, where compute capability is 9.0.
+template <typename... Parameters>
+cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned blocks, unsigned cluster, int threads, size_t shared,
+                            cudaStream_t stream, Parameters... arguments) {
+#if CUDART_VERSION >= 11080
+    const cudaError_t error = prepare(kernel, shared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+#else
+    return cudaErrorNotSupported;  // no code for 9.0 is older
+#endif
 }
 
 // --- one token
@@ -129,15 +181,22 @@ cudaError_t step(const StepCall<T>& call) {
 
 // --- prompts
 
-// What a chunk of a kernel costs, roughly, as seen on Hopper.
+// What a chunk of a kernel costs, roughly, as seen on Hopper: times in microseconds.
 struct Costs {
     double chunk_us;  // in a block alone on its multiprocessor
     double state;     // the part of that for the states of segments alone
     double turn;      // of each of several blocks on one multiprocessor: 1 where they follow one another
 };
 
-// Into how many segments: the fewer the less work, the more the fuller the GPU. Times in microseconds.
-Segments cut(const MambaSsdScan& a, int64_t blocks, int multiprocessors, const Costs& costs, void* workspace) {
+constexpr double kPassUs = 5.0;  // what a second kernel costs, or that blocks meet
+
+struct Cut {
+    Segments segments;
+    double us;  // it takes, as the costs have it
+};
+
+// Into how many segments: the fewer the less work, the more the fuller the GPU.
+Cut cut(const MambaSsdScan& a, int64_t blocks, int multiprocessors, const Costs& costs, void* workspace) {
     const int64_t chunks = ceil_div(a.length, kChunk), room = workspace == nullptr ? 1 : max_segments(a);
     const auto load = [&](int64_t n) {  // in turns of one block alone
         const int64_t turns = ceil_div(n, multiprocessors);
@@ -150,7 +209,7 @@ Segments cut(const MambaSsdScan& a, int64_t blocks, int multiprocessors, const C
         const int64_t length = ceil_div(chunks, count);
         if (ceil_div(chunks, length) != count) continue;
         const double in_turns = load(blocks * count) + costs.state * load(blocks * (count - 1));
-        const double time = static_cast<double>(length) * costs.chunk_us * in_turns + 5.0 +
+        const double time = static_cast<double>(length) * costs.chunk_us * in_turns + kPassUs +
                             static_cast<double>(count) * state_bytes / 3e6;
         if (time < least) {
             least = time;
@@ -163,7 +222,7 @@ Segments cut(const MambaSsdScan& a, int64_t blocks, int multiprocessors, const C
     segments.states = static_cast<float*>(workspace);
     segments.decays = segments.states;
     if (segments.count > 1) segments.decays += segments.count * floats_of_segment(a);
-    return segments;
+    return {segments, least};
 }
 
 cudaError_t pass_states(const MambaSsdScan& a, const Segments& segments, cudaStream_t stream) {
@@ -200,7 +259,7 @@ template <typename T, int LANES>
 cudaError_t recurrent(const MambaSsdScan& a, const Rows& rows, const Device& device, void* workspace, cudaStream_t stream) {
     using Sizes = Recurrent<LANES>;
     const int64_t tiles = ceil_div(a.head_dim, Sizes::kRows);
-    const Segments segments = cut(a, heads_of(a) * tiles, device.multiprocessors, {4.0, 0.6, 0.7}, workspace);
+    const Segments segments = cut(a, heads_of(a) * tiles, device.multiprocessors, {4.0, 0.6, 0.7}, workspace).segments;
     const auto kernel = [](auto run) { return Kernel<uint32_t>{run, 32 * Sizes::kWarps, Sizes::kSharedBytes}; };
     return prompt(a, rows, segments, tiles, kernel(recurrent_kernel<T, LANES, false>),
                   kernel(recurrent_kernel<T, LANES, true>), static_cast<uint32_t>(tiles), stream);
@@ -241,7 +300,7 @@ Padding no_padding(const MambaSsdScan& a, const Rows& rows) {
     return padding;
 }
 
-// In the workspace, first what the segments take.
+// In the workspace, first what kernels leave to others.
 Padding make_padding(const MambaSsdScan& a, const Rows& rows, uintptr_t workspace) {
     Padding padding = no_padding(a, rows);
     MambaSsdScan& to = padding.call;
@@ -249,7 +308,7 @@ Padding make_padding(const MambaSsdScan& a, const Rows& rows, uintptr_t workspac
     to.state_size = pad::padded(a.state_size);
     padding.rows.x = a.heads * to.head_dim;
     padding.rows.group = a.groups * to.state_size;
-    padding.end = workspace + 4 * floats_of_segments(to);
+    padding.end = workspace + 4 * floats_between(to);
     const auto take = [&](int64_t count, int32_t rows, int32_t cols, int32_t bytes) {
         void* const taken = reinterpret_cast<void*>(padding.end);
         padding.end += ceil_div(count * rows * cols * bytes, 256) * 256;
@@ -287,6 +346,35 @@ Padding make_padding(const MambaSsdScan& a, const Rows& rows, uintptr_t workspac
 
 // --- on the tensor cores
 
+// How many heads share a helper, so that all clusters are on the GPU at once; 0: none does. A cluster lies in one part of
+// the device; not all parts can be filled with those of three blocks.
+int heads_of_helper(const MambaSsdScan& a, const Layout& layout, const Device& device, void* workspace) {
+    const int64_t blocks = helped_blocks(a);
+    const bool fits = layout.channels == kHelpedChannels && blocks == heads_of(a) * layout.tiles;
+    if (device.major < 9 || workspace == nullptr || !fits) return 0;
+    const int heads = 2 * blocks <= device.multiprocessors ? 1 : 2;
+    const bool at_once = heads == 1 || 3 * ceil_div(blocks, 2) <= device.multiprocessors * 15 / 16;
+    return at_once && floats_of_help(a, heads) <= kMostHelpFloats ? heads : 0;
+}
+
+constexpr double kFinish = 0.2;  // what finishing a chunk of a helper takes, in chunks
+
+double helped_us(const MambaSsdScan& a, int heads, const Costs& costs) {
+    const int64_t chunks = ceil_div(a.length, kChunk), own = own_chunks(chunks, heads);
+    return (static_cast<double>(own) + kFinish * static_cast<double>(chunks - own)) * costs.chunk_us + kPassUs;
+}
+
+template <typename T, int NT>
+cudaError_t helped(const MambaSsdScan& a, const Rows& rows, int heads, const Layout& layout, size_t shared,
+                   void* workspace, cudaStream_t stream) {
+    const int64_t chunks = ceil_div(a.length, kChunk), own = own_chunks(chunks, heads), blocks = helped_blocks(a);
+    const Help help = {heads, static_cast<int32_t>(blocks), static_cast<int32_t>(own * kChunk),
+                       static_cast<int32_t>(chunks - own), static_cast<float*>(workspace)};
+    const unsigned cluster = heads + 1, clusters = static_cast<unsigned>(ceil_div(blocks, heads));
+    return launch_clusters(helped_kernel<T, NT>, clusters * cluster, cluster, kHelpedThreads, shared, stream, a, rows, help,
+                           layout);
+}
+
 // Sets done where the GPU can run it.
 template <typename T, int NT>
 cudaError_t chunked(const Padding& padding, const Device& device, void* workspace, cudaStream_t stream, bool* done) {
@@ -307,14 +395,19 @@ cudaError_t chunked(const Padding& padding, const Device& device, void* workspac
     *done = device.major >= 8 && shared <= available;
     if (!*done) return cudaSuccess;
     // Of the counts tried this takes the fastest: 1 for H 128 and for B 8 H 24, 2 for H 64, 5 for H 24 (L 2048).
-    const Segments segments = cut(a, heads_of(a) * layout.tiles, device.multiprocessors, {1.9, 0.4, 1.0}, workspace);
+    const Costs costs = {1.9, 0.4, 1.0};
+    const Cut best = cut(a, heads_of(a) * layout.tiles, device.multiprocessors, costs, workspace);
     const auto threads = [&](int warps) { return 32 * warps + 2 * layout.channels; };
     const Kernel<Layout> states_kernel = {states, threads(ChunkWarps<NT, false>::kChannels),
                                           ChunkShared<NT, false>::bytes(layout.channels, layout.stages)};
     const Kernel<Layout> output_kernel = {output, threads(Warps::kChannels), shared};
     cudaError_t error = pad::copy(padding.before, padding.befores, stream);
-    if (error == cudaSuccess) {
-        error = prompt(a, padding.rows, segments, layout.tiles, states_kernel, output_kernel, layout, stream);
+    if (error != cudaSuccess) return error;
+    const int heads = heads_of_helper(a, layout, device, workspace);
+    if (heads > 0 && helped_us(a, heads, costs) < best.us) {
+        if constexpr (NT <= 128) error = helped<T, NT>(a, padding.rows, heads, layout, shared, workspace, stream);
+    } else {
+        error = prompt(a, padding.rows, best.segments, layout.tiles, states_kernel, output_kernel, layout, stream);
     }
     return error == cudaSuccess ? pad::copy(padding.after, padding.afters, stream) : error;
 }
@@ -403,7 +496,7 @@ extern "C" size_t mamba_ssd_scan_workspace(const MambaSsdScan* call) {
     using namespace mamba::ssd;
     if (!is_valid(*call)) return 0;
     if (is_padded(*call)) return make_padding(*call, dense_rows(*call), 0).end;
-    return mamba::workspace_bytes(floats_of_segments(*call));
+    return mamba::workspace_bytes(floats_between(*call));
 }
 
 extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* stream) {

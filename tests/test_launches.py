@@ -496,6 +496,30 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
         assert sum("pad_kernel" in kind for kind in kinds) == 4  # a word has 2, 4, 8 or 16 bytes
 
 
+def test_python_launches_helpers_as_the_compiled_launcher_does(library):
+    draw, helped = random.Random("helpers"), set()
+    workspace = library.mamba_ssd_scan_workspace
+    workspace.restype = ctypes.c_size_t
+    for _ in range(1000):
+        batch, length = draw.choice((1, 1, 2)), draw.randrange(400, 10_000)
+        P, N = draw.choice((49, 63, 64, 64, 64, 80, 128)), draw.choice((16, 64, 100, 128, 136))
+        sizes = {"head_dim": P, "state_size": N, "heads": draw.randrange(24, 130) // batch, "groups": 1}
+        call, device = _struct("ssd_scan", draw, sizes | {"batch": batch, "length": length}), draw.choice(DEVICES)
+        planned = launches.ssd_scan(call, WORKSPACE, device)
+        shown = {name: getattr(call, name) for name, _ in call._fields_}
+        assert recorded(library, "ssd_scan", call, device, planned) == [wanted_of(p) for p in planned], (shown, device)
+        assert launches.workspace_bytes("ssd_scan", call) == workspace(ctypes.byref(call)), shown
+        for p in planned:
+            if "helped_kernel" in p.kernel:
+                help = p.arguments[2]
+                helped.add((p.kernel, p.cluster))
+                floats = 64 * (64 if "64>" in p.kernel else 128) + help.chunks * 64 * 65
+                assert help.left + 4 * help.blocks * floats <= WORKSPACE + launches.workspace_bytes("ssd_scan", call)
+                assert 64 * (-(-length // 64) - help.chunks) == help.length < length
+                assert p.grid[0] <= device.multiprocessors
+    assert len(helped) == 2 * 2 * 2  # dtypes, N up to 64 or 128, one or two heads a helper
+
+
 def test_python_launches_what_the_compiled_prompt_does(library):
     draw = random.Random("prompt")
     workspace = library._ZN5mamba5model16prompt_workspaceERK10MambaModel

@@ -259,6 +259,64 @@ def test_a_long_padded_prompt_is_cut_into_segments(kernels: Any, T: torch.dtype)
     check(args, *call(kernels, args, same=T == BF16))
 
 
+# On a GPU of 132 multiprocessors blocks have helpers: one each for up to 66 blocks of heads, one for two up to 82.
+HELPED: dict[str, Any] = {"B": 1, "L": 1000, "H": 60, "P": 64, "G": 1, "N": 128, "T": F16}
+PAIRS = {"B": 3, "H": 24, "N": 32}
+HELPED_CASES: dict[str, dict[str, Any]] = {
+    **{f"L-{n}": {"L": n} for n in (512, 513, 576, 999, 1023, 1025)},  # the first 8 of 16 chunks are the head's own
+    **{f"T-{NAMES[t]}": {"T": t} for t in (F16, BF16)},
+    **{f"S-{NAMES[s]}": {"S": s, "T": BF16} for s in (F16, BF16)},
+    **{f"N-{n}": {"N": n} for n in (8, 64, 72, 100, 120)},
+    **{f"P-{p}": {"P": p, "skip": "HP"} for p in (49, 56, 63)},
+    **{f"P-{p}": {"P": p, "H": 30, "skip": "HP"} for p in (100, 128)},
+    **{f"skip-{skip}": {"skip": skip} for skip in ("HP", None)},
+    **{f"A-{a}": {"A": a, "bias": False} for a in (-1e-4, -1e2, -1e4)},
+    "no-bias": {"bias": False},
+    "no-softplus": {"softplus": False, "limits": (0.1, 0.4)},
+    "large": {"A": -1e-4, "scale": 1e4, "contrast": 1e-4, "skip": None},
+    "small": {"contrast": 1e-2, "dt_shift": -9.0, "bias": False, "skip": None},
+    "rows": {"B": 4, "H": 15, "seq_lens": [0, 1000, 512, 1]},
+    "rows-that-end-where-helpers-begin": {"B": 4, "H": 15, "seq_lens": [511, 512, 513, 577]},
+    "pairs": {**PAIRS, "seq_lens": [1000, 1000, 1000]},  # the first 11
+    "pairs-of-two-rows": {**PAIRS, "H": 23, "seq_lens": [1000, 705, 0]},  # and an odd number
+    "pairs-with-one-short": {**PAIRS, "H": 23, "seq_lens": [704, 900, 703]},
+    "pairs-with-two-short": {**PAIRS, "H": 25, "seq_lens": [300, 1, 767], "T": BF16},
+    "mamba2-2.7b": {"H": 80, "L": 2048},
+    "mamba2-2.7b-1999": {"H": 80, "L": 1999, "T": BF16, "S": F16},
+    "mamba2-1.3b": {"H": 64, "L": 2048},
+    "long": {"H": 80, "L": 5000, "N": 16},
+}
+
+
+def of_heads(args: list[Any], heads: list[int]) -> list[Any]:
+    """A call of one group for some of its heads."""
+    few, P = list(args), args[7].shape[2]
+    columns = torch.cat([torch.arange(h * P, (h + 1) * P) for h in heads])
+    few[0], few[1], few[2], few[7] = args[0][..., columns], args[1][..., heads], args[2][heads], args[7][:, heads]
+    for i in (5, 6):
+        few[i] = None if args[i] is None else args[i][heads]
+    return few
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["out", "in-place"])
+@pytest.mark.parametrize("case", HELPED_CASES.values(), ids=HELPED_CASES)
+def test_idle_multiprocessors_help(kernels: Any, case: dict[str, Any], same: bool) -> None:
+    args = draw(**{**HELPED, "seq_lens": [case.get("L", 1000)], **case}, seed=1 if same else 0)
+    y, state = call(kernels, args, same)
+    H, P = args[7].shape[1:3]
+    heads = [0, 1, H // 2, H - 2, H - 1]
+    y = y.unflatten(-1, (H, P))
+    assert y.isfinite().all()
+    assert state.isfinite().all()
+    check(of_heads(args, heads), y[:, :, heads].flatten(-2), state[:, heads])
+
+
+@pytest.mark.parametrize("G", [2, 12])
+def test_idle_multiprocessors_help_with_groups(kernels: Any, G: int) -> None:
+    args = draw(**{**HELPED, "L": 600, "N": 16, "G": G}, seq_lens=[600])
+    check(args, *call(kernels, args))
+
+
 @pytest.mark.parametrize("T", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_lengths(kernels: Any, T: torch.dtype, seed: int) -> None:
@@ -306,9 +364,10 @@ def test_small_values_stay_exact(kernels: Any, T: torch.dtype) -> None:
     check(args, *call(kernels, args))
 
 
-@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("form", [*FORMS, "helped"])
 def test_nan_stays_in_its_row(kernels: Any, form: str) -> None:
-    clean = draw(**{**FORMS[form], "B": 3, "seq_lens": None if form != "step" else [1, 1, 1]})
+    sizes = {**HELPED, "H": 23} if form == "helped" else FORMS[form]
+    clean = draw(**{**sizes, "B": 3, "seq_lens": None if form != "step" else [1, 1, 1]})
     dirty = [a.clone() if isinstance(a, Tensor) else a for a in clean]
     for i in TOKENS:
         dirty[i][1] = NAN
@@ -323,10 +382,14 @@ def test_nan_stays_in_its_row(kernels: Any, form: str) -> None:
     assert state_dirty[1].isnan().all()
 
 
-@pytest.mark.parametrize("form", [*FORMS, "segments"])
+@pytest.mark.parametrize("form", [*FORMS, "segments", "helped", "helped-pairs"])
 def test_a_graph_of_it_replays_to_the_bit(kernels: Any, form: str) -> None:
-    sizes = {"B": 1, "L": 3000, "H": 2, "P": 16, "N": 16, "G": 1} if form == "segments" else FORMS[form]
-    bound = Bound(kernels, draw(**sizes))
+    more = {
+        "segments": {"B": 1, "L": 3000, "H": 2, "P": 16, "N": 16, "G": 1},
+        "helped": HELPED,
+        "helped-pairs": {**HELPED, "H": 81},
+    }
+    bound = Bound(kernels, draw(**(FORMS | more)[form]))
     bound.launch()
     torch.cuda.synchronize()
     y, state = bits(bound.y).clone(), bits(bound.state_out).clone()
