@@ -84,7 +84,10 @@ class _Layout(ctypes.Structure):
 
 
 class _Help(ctypes.Structure):
-    _fields_ = [("heads", c_int32), ("blocks", c_int32), ("length", c_int32), ("chunks", c_int32), ("left", c_void_p)]
+    _fields_ = [
+        *((name, c_int32) for name in ("heads", "blocks", "length", "chunks")),
+        ("left", c_void_p), ("done", c_void_p),
+    ]  # fmt: skip
 
 
 _CHUNK = 64
@@ -118,9 +121,13 @@ def _own_chunks(chunks: int, heads: int) -> int:
 
 
 def _help_floats(call: Any, heads: int) -> int:
-    chunks, nt = ceil_div(call.length, _CHUNK), 64 if call.state_size <= 64 else 128
-    of_block = _HELPED_CHANNELS * nt + (chunks - _own_chunks(chunks, heads)) * _CHUNK * (_HELPED_CHANNELS + 1)
-    return _helped_blocks(call) * of_block
+    chunks = ceil_div(call.length, _CHUNK)
+    return ceil_div(_helped_blocks(call) * (_left_floats(call, chunks - _own_chunks(chunks, heads)) + 1), 64) * 64
+
+
+def _left_floats(call: Any, chunks: int) -> int:
+    nt = 64 if call.state_size <= 64 else 128
+    return _HELPED_CHANNELS * nt + chunks * _CHUNK * (_HELPED_CHANNELS + 1)
 
 
 def _floats_between(call: Any) -> int:
@@ -235,12 +242,15 @@ def _ssd_chunked(call: Any, rows: _Rows, workspace: int, device: Device) -> list
     chunks = ceil_div(call.length, _CHUNK)
     own = _own_chunks(chunks, heads)
     if heads and (own + _FINISH * (chunks - own)) * chunk_us + _PASS_US < least:
-        blocks = _helped_blocks(call)
-        help = _Help(heads, blocks, own * _CHUNK, chunks - own, workspace)
+        blocks, helpers = _helped_blocks(call), ceil_div(_helped_blocks(call), heads)
+        done = workspace + 4 * blocks * _left_floats(call, chunks - own)
+        help = _Help(heads, blocks, own * _CHUNK, chunks - own, workspace, done)
         name, threads = kernel_name("ssd", "helped_kernel", TYPES[call.dtype], nt), 32 * 7 + 2 * _HELPED_CHANNELS
-        grid = (ceil_div(blocks, heads) * (heads + 1),)
-        arguments = (call, rows, help, layout)
-        return [Launch("ssd_helped.cuh", name, grid, (threads,), shared(channels, stages, True), arguments, heads + 1)]
+        grid, arguments = (helpers + blocks,), (call, rows, help, layout)
+        return [
+            Launch("ssd_helped.cuh", "mamba::ssd::clear_done_kernel", (1,), (128,), 0, (help,)),
+            Launch("ssd_helped.cuh", name, grid, (threads,), shared(channels, stages, True), arguments),
+        ]
 
     def kernel(output: bool) -> tuple[str, str, int, int]:
         name = kernel_name("ssd", "chunk_kernel", TYPES[call.dtype], nt, output)
@@ -251,13 +261,13 @@ def _ssd_chunked(call: Any, rows: _Rows, workspace: int, device: Device) -> list
 
 
 def _heads_of_helper(call: Any, layout: _Layout, device: Device, workspace: int) -> int:
-    """How many heads share a helper, so that all clusters are on the GPU at once; 0: none does."""
+    """How many heads share a helper, so that all blocks are on the GPU at once; 0: none does."""
     blocks = _helped_blocks(call)
     fits = layout.channels == _HELPED_CHANNELS and blocks == call.batch * call.heads * layout.tiles
     if device.major < 9 or not workspace or not fits:
         return 0
     heads = 1 if 2 * blocks <= device.multiprocessors else 2
-    at_once = heads == 1 or 3 * ceil_div(blocks, 2) <= device.multiprocessors * 15 // 16
+    at_once = blocks + ceil_div(blocks, heads) <= device.multiprocessors
     return heads if at_once and _help_floats(call, heads) <= _MOST_HELP_FLOATS else 0
 
 

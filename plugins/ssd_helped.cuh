@@ -1,15 +1,16 @@
 // MambaSsdScan for prompts of fewer heads than there are multiprocessors, on sm_90 and newer: those that have none help.
 //
-// A row's chunks are one long line (ssd_prompt.cuh), however many multiprocessors are idle. Here a cluster has the blocks of
-// one or two heads and a helper. A head's own block walks over the first tokens of a row, the helper meanwhile over the other
-// tokens of each of the heads, from a state of zero, and leaves the state and, in float32, y. Both are linear in the state h
-// after the first tokens, so that the own block, which has it, can finish them:
+// A row's chunks are one long line (ssd_prompt.cuh), however many multiprocessors are idle. Here one or two heads share a
+// helper. A head's own block walks over the first tokens of a row, the helper meanwhile over the other tokens of each of the
+// heads, from a state of zero, and leaves the state and, in float32, y. Both are linear in the state h after the first
+// tokens, so that the own block, which has it, can finish them:
 //     y[t] += left[t] * (C[t] h^T),  state += left[end] * h,  left[t] = exp(sum of A delta over those tokens up to t)
 // That is one product of matrices, with no line to wait in. h is rounded to 16 bits for it, once, as in ssd_prompt.cuh, and y
 // after the sum.
 //
-// What helpers leave passes through device memory, or the L2 cache. That it is there is said by the barrier of the cluster:
-// by memory it could not be, for the workspace is never cleared.
+// What helpers leave passes through the L2 cache, and a flag says that it is there. A helper waits for nobody and has a lower
+// index than the blocks that wait for it, so it has started before they do, whatever else the GPU runs. (As clusters, which
+// need no flags, 39 of three blocks fit on an H200 where 80 heads want 40.)
 #pragma once
 
 #include "ssd_prompt.cuh"
@@ -21,11 +22,14 @@ constexpr int kHelpedChannels = 64;  // of a block
 constexpr int kHelpedThreads = 32 * ChunkWarps<128, true>::kChannels + 2 * kHelpedChannels;
 
 struct Help {
-    int32_t heads;   // blocks of a cluster beside the helper: 1 or 2
+    int32_t heads;   // blocks of heads that share a helper: 1 or 2
     int32_t blocks;  // of all heads
     int32_t length;  // tokens of a row that a head's own block walks over, a multiple of 64
     int32_t chunks;  // the others
     float* left;     // [blocks, left_floats()]
+    uint32_t* done;  // [blocks]: 1 when what is left is there
+
+    __host__ __device__ int helpers() const { return (blocks + heads - 1) / heads; }
 };
 
 // What a helper leaves of a block's channels.
@@ -167,17 +171,21 @@ __device__ __forceinline__ void finish_outputs(const MambaSsdScan& a, const Rows
     }
 }
 
-// Where a block is in its cluster: the blocks of heads, then the helper.
-struct Cluster {
-    int first, rank;  // the first of the heads' blocks; this one
-
-    __device__ __forceinline__ explicit Cluster(const Help& help) {
-        const int index = not_ahead(static_cast<int>(blockIdx.x)), size = help.heads + 1;
-        first = index / size * help.heads;
-        rank = index % size;
+// By all threads of a helper, what it has written before.
+__device__ __forceinline__ void say_done(const Help& help, int block) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" : : "l"(help.done + block), "r"(1) : "memory");
     }
-    __device__ __forceinline__ int block() const { return first + rank; }
-};
+}
+
+// By whole warps.
+__device__ __forceinline__ void wait_until_done(const Help& help, int block) {
+    uint32_t done = 0;
+    while (done == 0) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(help.done + block) : "memory");
+    __syncwarp();
+}
 
 // The helper's part of a row, for a head's block.
 template <typename T, int NT>
@@ -221,7 +229,7 @@ __device__ __forceinline__ void add_to_state(Channels<T, NT>& h, const Left<NT>&
 template <typename T, int NT>
 __device__ __forceinline__ void own_block(
     const MambaSsdScan& a, const Rows& from, const Help& help, const Layout& layout) {
-    const auto block = [&] { return Cluster(help).block(); };
+    const auto block = [&] { return not_ahead(static_cast<int>(blockIdx.x)) - help.helpers(); };
     const auto here = [&] { return place(a, block(), layout.tiles); };  // not kept: walk() leaves few registers
     const Place at = here();
     const int N = a.state_size, P = a.head_dim, p0 = at.tile * kHelpedChannels, length = row_length(a, at.b);
@@ -242,7 +250,7 @@ __device__ __forceinline__ void own_block(
         const auto finish = [&](Channels<T, NT>& state, float unit) {
             if (is_helped) {
                 h.put(state, own, unit);
-                cluster_barrier();
+                wait_until_done(help, block());
                 const Left<NT> left(help, block());
                 add_to_state(state, left, own, left.decay(length - help.length - 1) * unit);
                 unit = 1.0f;
@@ -253,31 +261,36 @@ __device__ __forceinline__ void own_block(
         };
         walk<T, NT>(a, from, layout, {at, 0, min(length, help.length)}, results, start, finish);
     }
-    if (!is_helped || own < 0) cluster_barrier();  // the warps of the channels have met the helper
-    if (is_helped) finish_outputs(a, from, here(), help.length, length, Left<NT>(help, block()), h);
+    if (!is_helped) return;
+    wait_until_done(help, block());
+    __syncthreads();  // h is there
+    finish_outputs(a, from, here(), help.length, length, Left<NT>(help, block()), h);
 }
 
 #endif
 
-// Clusters of blocks of heads and a helper. All blocks of one meet once; then the helper has no more to do.
+// Blocks of helpers, then of heads.
 template <typename T, int NT>
 __global__ void __launch_bounds__(kHelpedThreads, 1)
     helped_kernel(const MambaSsdScan a, const Rows from, const Help help, const Layout layout) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    const Cluster cluster(help);
-    if (cluster.rank < help.heads && cluster.block() < help.blocks) {
+    if (static_cast<int>(blockIdx.x) >= help.helpers()) {
         own_block<T, NT>(a, from, help, layout);
         return;
     }
-    if (cluster.rank == help.heads) {
 #pragma unroll 1
-        for (int i = 0; i < help.heads; i++) {
-            const int block = Cluster(help).first + i;
-            if (block < help.blocks) help_block<T, NT>(a, from, help, layout, block);
-        }
+    for (int i = 0; i < help.heads; i++) {
+        const int block = not_ahead(static_cast<int>(blockIdx.x)) * help.heads + i;
+        if (block >= help.blocks) return;
+        help_block<T, NT>(a, from, help, layout, block);
+        say_done(help, block);
     }
-    cluster_barrier();
 #endif
+}
+
+// Before helped_kernel: the workspace may hold anything.
+__global__ void clear_done_kernel(const Help help) {
+    for (int i = threadIdx.x; i < help.blocks; i += blockDim.x) help.done[i] = 0;
 }
 
 }  // namespace ssd

@@ -65,7 +65,8 @@ int64_t own_chunks(int64_t chunks, int64_t heads) { return ceil_div(heads * chun
 
 int64_t floats_of_help(const MambaSsdScan& a, int64_t heads) {
     const int64_t chunks = ceil_div(a.length, kChunk);
-    return helped_blocks(a) * left_floats(a.state_size <= 64 ? 64 : 128, chunks - own_chunks(chunks, heads));
+    const int64_t left = left_floats(a.state_size <= 64 ? 64 : 128, chunks - own_chunks(chunks, heads));
+    return ceil_div(helped_blocks(a) * (left + 1), 64) * 64;  // and the flags
 }
 
 // What kernels leave to others, in the one way or the other: the same on every GPU, and no less for longer prompts.
@@ -74,42 +75,16 @@ int64_t floats_between(const MambaSsdScan& a) {
 }
 
 template <typename... Parameters>
-cudaError_t prepare(void (*kernel)(Parameters...), size_t shared) {
-    const cudaError_t error = allow_shared(kernel, shared);
-    if (error != cudaSuccess || shared <= 48 << 10) return error;
-    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-}
-
-template <typename... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
                    Parameters... arguments) {
-    const cudaError_t error = prepare(kernel, shared);
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = allow_shared(kernel, shared);
+    if (error == cudaSuccess && shared > 48 << 10) {
+        error = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    }
     if (error != cudaSuccess) return error;
     void* pointers[] = {&arguments...};
-    return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared, stream);
-}
-
-// Of clusters of blocks along x, where compute capability is 9.0.
-template <typename... Parameters>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned blocks, unsigned cluster, int threads, size_t shared,
-                            cudaStream_t stream, Parameters... arguments) {
-#if CUDART_VERSION >= 11080
-    const cudaError_t error = prepare(kernel, shared);
-    if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {cluster, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-#else
-    return cudaErrorNotSupported;  // no code for 9.0 is older
-#endif
+    return cudaLaunchKernel(function, grid, dim3(threads), pointers, shared, stream);
 }
 
 // --- one token
@@ -346,14 +321,13 @@ Padding make_padding(const MambaSsdScan& a, const Rows& rows, uintptr_t workspac
 
 // --- on the tensor cores
 
-// How many heads share a helper, so that all clusters are on the GPU at once; 0: none does. A cluster lies in one part of
-// the device; not all parts can be filled with those of three blocks.
+// How many heads share a helper, so that all blocks are on the GPU at once; 0: none does.
 int heads_of_helper(const MambaSsdScan& a, const Layout& layout, const Device& device, void* workspace) {
     const int64_t blocks = helped_blocks(a);
     const bool fits = layout.channels == kHelpedChannels && blocks == heads_of(a) * layout.tiles;
     if (device.major < 9 || workspace == nullptr || !fits) return 0;
     const int heads = 2 * blocks <= device.multiprocessors ? 1 : 2;
-    const bool at_once = heads == 1 || 3 * ceil_div(blocks, 2) <= device.multiprocessors * 15 / 16;
+    const bool at_once = blocks + ceil_div(blocks, heads) <= device.multiprocessors;
     return at_once && floats_of_help(a, heads) <= kMostHelpFloats ? heads : 0;
 }
 
@@ -368,11 +342,16 @@ template <typename T, int NT>
 cudaError_t helped(const MambaSsdScan& a, const Rows& rows, int heads, const Layout& layout, size_t shared,
                    void* workspace, cudaStream_t stream) {
     const int64_t chunks = ceil_div(a.length, kChunk), own = own_chunks(chunks, heads), blocks = helped_blocks(a);
-    const Help help = {heads, static_cast<int32_t>(blocks), static_cast<int32_t>(own * kChunk),
-                       static_cast<int32_t>(chunks - own), static_cast<float*>(workspace)};
-    const unsigned cluster = heads + 1, clusters = static_cast<unsigned>(ceil_div(blocks, heads));
-    return launch_clusters(helped_kernel<T, NT>, clusters * cluster, cluster, kHelpedThreads, shared, stream, a, rows, help,
-                           layout);
+    Help help{};
+    help.heads = heads, help.blocks = static_cast<int32_t>(blocks);
+    help.length = static_cast<int32_t>(own * kChunk), help.chunks = static_cast<int32_t>(chunks - own);
+    help.left = static_cast<float*>(workspace);
+    help.done = reinterpret_cast<uint32_t*>(help.left + blocks * left_floats(NT, help.chunks));
+    const cudaError_t error = launch(clear_done_kernel, dim3(1), 128, 0, stream, Help(help));
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(help.helpers() + help.blocks));
+    return launch(helped_kernel<T, NT>, grid, kHelpedThreads, shared, stream, MambaSsdScan(a), Rows(rows), Help(help),
+                  Layout(layout));
 }
 
 // Sets done where the GPU can run it.

@@ -89,16 +89,6 @@ __device__ __forceinline__ void barrier_wait(int number, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" : : "r"(number), "r"(threads) : "memory");
 }
 
-// __syncthreads() for all blocks of a cluster, which is a block before sm_90; what they wrote to memory is there for each.
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
-#else
-    __syncthreads();
-#endif
-}
-
 // As unpack() has them.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);

@@ -512,9 +512,10 @@ def test_python_launches_helpers_as_the_compiled_launcher_does(library):
         for p in planned:
             if "helped_kernel" in p.kernel:
                 help = p.arguments[2]
-                helped.add((p.kernel, p.cluster))
+                helped.add((p.kernel, help.heads))
                 floats = 64 * (64 if "64>" in p.kernel else 128) + help.chunks * 64 * 65
-                assert help.left + 4 * help.blocks * floats <= WORKSPACE + launches.workspace_bytes("ssd_scan", call)
+                assert help.done == help.left + 4 * help.blocks * floats
+                assert help.done + 4 * help.blocks <= WORKSPACE + launches.workspace_bytes("ssd_scan", call)
                 assert 64 * (-(-length // 64) - help.chunks) == help.length < length
                 assert p.grid[0] <= device.multiprocessors
     assert len(helped) == 2 * 2 * 2  # dtypes, N up to 64 or 128, one or two heads a helper
