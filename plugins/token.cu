@@ -2,11 +2,12 @@
 #include <algorithm>
 
 #include "model.h"
-#include "token.cuh"
 
-// Tensor maps and arguments of 28 KiB.
+// From here on a kernel's arguments may take the 28 KiB of a table.
 #if CUDART_VERSION >= 12010
 #include <cuda.h>
+
+#include "token.cuh"
 #endif
 
 namespace mamba {
@@ -22,8 +23,10 @@ using token::TokenLayer;
 
 static_assert(sizeof(CUtensorMap) == sizeof(TensorMap), "TensorMap is CUtensorMap");
 
-constexpr int kUnits[] = {2, 3, 4, 5, 8};     // of 8 channels of a block, for which there are kernels
+constexpr int kUnits[] = {2, 3, 4, 5, 8};  // of 8 channels of a block, for which there are kernels
 constexpr int kTableBlocks = 128, kTableThreads = 256;
+constexpr int kShared = 227 << 10;  // of a block of compute capability 9.0, whose PTX may run where there is less
+constexpr int kMostLayers = 80;     // whose pointers leave room in it for five slots of any size
 
 int64_t even(int64_t v) { return (v + 1) / 2 * 2; }
 
@@ -41,7 +44,7 @@ Token cut(const MambaModel& c, int units) {
     a.own_low = even(ceil_div(a.low, blocks)), a.low_factor = factor_of(a.own_low);
     a.part = a.own_width + (is_mamba2(c) ? 2 : 0);
     a.slot_bytes = 512 * std::max<int>(8 * units, is_mamba2(c) ? ceil_div(a.own_width, 8) * 8 : 0);
-    a.eps = c.eps, a.dt_min = c.dt_min, a.dt_max = c.dt_max;
+    a.eps = c.eps, a.norm_eps = c.norm_eps, a.dt_min = c.dt_min, a.dt_max = c.dt_max;
     a.input_ids = c.input_ids, a.seq_lens = c.seq_lens, a.embedding = c.embedding;
     return a;
 }
@@ -50,17 +53,18 @@ Token cut(const MambaModel& c, int units) {
 bool is_cut(const MambaModel& c, int units) {
     const int own = 8 * units, blocks = c.inner / own;
     if (c.inner % own != 0 || blocks == 0 || blocks % token::kWarps != 0 || blocks > token::kMostBlocks) return false;
-    if (c.width % blocks != 0 || c.width / blocks % 2 != 0 || c.width / blocks > 30) return false;
-    return cut(c, units).own_low <= 2 * token::kWarps;
+    if (c.width % blocks != 0 || c.width / blocks % 2 != 0) return false;
+    const Token a = cut(c, units);
+    return a.part <= 32 && a.own_low <= 2 * token::kWarps;
 }
 
-// Whether sizes are such as the kernel has been written for, all of published models but those with groups of states or
-// norms in the scan.
+// Whether sizes are such as the kernel has been written for, all of published models but those with groups of states.
 bool are_token_sizes(const MambaModel& c) {
     if (c.batch != 1 || c.length != 1 || c.dtype == MAMBA_FLOAT32 || c.conv_width != 4) return false;
+    if (c.layers > kMostLayers) return false;
     if (c.width % token::kColumns != 0 || c.width > token::kMostWidth || c.outputs % 8 != 0) return false;
     if (is_mamba2(c)) return c.state_size == 128 && c.groups == 1 && c.head_dim >= 16 && c.heads % 4 == 0;
-    return c.state_size == 16 && c.rank % 16 == 0 && c.rank <= token::kColumns && c.norm_eps < 0.0f;
+    return c.state_size == 16 && c.rank % 16 == 0 && c.rank <= token::kColumns;
 }
 
 // Units of a block, the fewest with which all blocks fit on the device at once, unless they leave a third of it empty; or 0.
@@ -109,9 +113,11 @@ struct Workspace {
     }
 };
 
-// cuTensorMapEncodeTiled of the driver, or null.
+// cuTensorMapEncodeTiled; null where the driver is too old for it, or for arguments of a table's size.
 using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode find_encode() {
+    int version = 0;
+    if (cudaDriverGetVersion(&version) != cudaSuccess || version < 12010) return nullptr;
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
@@ -121,6 +127,11 @@ Encode find_encode() {
     const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+}
+
+Encode encode_of_driver() {
+    static const Encode found = find_encode();
+    return found;
 }
 
 // Weights [rows, columns] in boxes, whose rows are swizzled as place_of() has it.
@@ -194,7 +205,7 @@ bool is_token(const MambaModel& c) {
     if (!are_token_sizes(c) || (is_mamba2(c) && c.width < 1024) || !are_aligned(c)) return false;
     Device device;
     return device.read(token::token_table_kernel) == cudaSuccess && device.major == 9 &&
-           units_of(c, device.multiprocessors) > 0;
+           device.shared_bytes >= kShared && units_of(c, device.multiprocessors) > 0 && encode_of_driver() != nullptr;
 }
 
 size_t token_workspace(const MambaModel& given) {
@@ -210,11 +221,10 @@ size_t token_workspace(const MambaModel& given) {
 }
 
 cudaError_t token_of_row(const MambaModel& c, void* workspace, cudaStream_t stream) {
-    static const Encode encode = find_encode();
+    const Encode encode = encode_of_driver();
     Device device;
     cudaError_t error = device.read(token::token_table_kernel);
     if (error != cudaSuccess) return error;
-    if (encode == nullptr) return cudaErrorNotSupported;
     if (workspace == nullptr) return cudaErrorInvalidValue;
     const int units = units_of(c, device.multiprocessors);
     Token a = cut(c, units);

@@ -67,6 +67,7 @@ __device__ __forceinline__ float convolve(const T* filter, const T* before, floa
 template <typename T, bool MAMBA2, int UNITS>
 struct Layers {
     static constexpr int kOwn = 8 * UNITS, kPairs = kMostWidth / 2 / kThreads;  // kPairs: of x, of a thread
+    static constexpr int kStates = MAMBA2 ? 128 : 16;  // of a channel
     using Held = Channels<kOwn, MAMBA2>;
 
     const Token& a;
@@ -241,6 +242,24 @@ struct Layers {
             if (!MAMBA2 && 2 * i < a.rank) reinterpret_cast<uint32_t*>(own.dt_in)[i] = pack<T>(pair[0].x, pair[0].y);
         }
         meet();
+        if (!MAMBA2 && a.norm_eps >= 0.0f) norm_low();
+    }
+
+    // Falcon-Mamba's norms of dt's input, B and C, without weights: a warp each.
+    __device__ __forceinline__ void norm_low() const {
+        const int thread = here(), lane = thread % 32, part = thread / 32;
+        if (part < 3) {
+            const int size = part == 0 ? a.rank : kStates, from = part == 0 ? 0 : a.rank + (part - 1) * kStates;
+            float squares = 0.0f;
+            for (int i = lane; i < size; i += 32) squares = fmaf(low[from + i], low[from + i], squares);
+            const float scale = 1.0f / sqrtf(sum_of_warp(squares) / size + a.norm_eps);
+            for (int i = lane; i < size; i += 32) {
+                const T v = from_float<T>(low[from + i] * scale);
+                low[from + i] = to_float(v);
+                if (part == 0) own.dt_in[i] = v;
+            }
+        }
+        meet();
     }
 
     // --- own channels
@@ -342,10 +361,10 @@ struct Layers {
             for (int s = 0; s < kShares; s++) dt += own.partial[s][c];
             const float bias = layers[l].dt_bias != nullptr ? of_held<float>(Held::dt_bias, c) : 0.0f;
             const float delta = softplus(rounded<T>(dt) + bias), x = own.x[c], drive = delta * x;
-            const Pack<float, 4> A = load<float, 4>(reinterpret_cast<const float*>(held + Held::A) + 16 * c + n);
-            const Pack<float, 4> B = load<float, 4>(low + a.rank + n), C = load<float, 4>(low + a.rank + 16 + n);
+            const Pack<float, 4> A = load<float, 4>(reinterpret_cast<const float*>(held + Held::A) + kStates * c + n);
+            const Pack<float, 4> B = load<float, 4>(low + a.rank + n), C = load<float, 4>(low + a.rank + kStates + n);
             scan::FourStates state;
-            state.load_shared(held + Held::states, 16 * c + n, a.state_dtype);
+            state.load_shared(held + Held::states, kStates * c + n, a.state_dtype);
             state.get(h, a.state_dtype);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -353,7 +372,7 @@ struct Layers {
                 y = fmaf(h[i], C.v[i], y);
             }
             if (used) state.set(h, a.state_dtype);
-            state.store(layers[l].ssm_state_out, int64_t{first_channel() + c} * 16 + n, a.state_dtype);
+            state.store(layers[l].ssm_state_out, int64_t{first_channel() + c} * kStates + n, a.state_dtype);
             y += __shfl_xor_sync(~0u, y, 2);
             y += __shfl_xor_sync(~0u, y, 1);
             const float skip = layers[l].D != nullptr ? of_held<float>(Held::skip, c) : 0.0f;
@@ -376,7 +395,7 @@ struct Layers {
         delta = delta < a.dt_min ? a.dt_min : delta;  // not fmaxf, which would swallow a NaN
         delta = delta > a.dt_max ? a.dt_max : delta;
         const float decay = expf(delta * of_held<float>(Held::A, of_head)), x = own.x[mine], drive = delta * x;
-        const Pack<float, 4> B = load<float, 4>(low + 4 * lane), C = load<float, 4>(low + 128 + 4 * lane);
+        const Pack<float, 4> B = load<float, 4>(low + 4 * lane), C = load<float, 4>(low + kStates + 4 * lane);
         const char* const states = generic(ring.wait());
         float y[kTurns];
 #pragma unroll
@@ -385,7 +404,7 @@ struct Layers {
             const float by = __shfl_sync(~0u, decay, i), driven = __shfl_sync(~0u, drive, i);
             scan::FourStates state;
             float h[4];
-            state.load_shared(states, 128 * c + 4 * lane, a.state_dtype);
+            state.load_shared(states, kStates * c + 4 * lane, a.state_dtype);
             state.get(h, a.state_dtype);
             y[i] = 0.0f;
 #pragma unroll
@@ -395,7 +414,7 @@ struct Layers {
             }
             if (used) state.set(h, a.state_dtype);
             if (warp + i * kWarps < kOwn) {
-                state.store(at.ssm_state_out, int64_t{first_channel() + c} * 128 + 4 * lane, a.state_dtype);
+                state.store(at.ssm_state_out, int64_t{first_channel() + c} * kStates + 4 * lane, a.state_dtype);
             }
         }
         ring.leave();

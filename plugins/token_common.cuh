@@ -35,7 +35,7 @@ struct Token {
     int32_t own_low, low_factor;      // of low, likewise
     int32_t part;                     // words of a block's sums for another
     int32_t slot_bytes, slots;
-    float eps, dt_min, dt_max;
+    float eps, norm_eps, dt_min, dt_max;
     const int32_t *input_ids, *seq_lens;
     const void* embedding;
     const TokenLayer* each;
