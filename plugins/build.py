@@ -85,6 +85,7 @@ KERNEL_SOURCES = (
     "selective_scan.cu",
     "ssd_scan.cu",
     "step.cu",
+    "token.cu",
 )
 _PLUGIN, _REGISTER = "libmamba_plugin.so", "libmamba_plugin_register.so"
 PRODUCTS = (

@@ -13,6 +13,12 @@ bool are_sizes(const MambaModel& call);
 size_t prompt_workspace(const MambaModel& call);
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);
 
+// token.cu: one row's token in one kernel, where that can be and is faster. The workspace is enough for it, whatever the
+// call's batch and length.
+bool is_token(const MambaModel& call);
+size_t token_workspace(const MambaModel& call);
+cudaError_t token_of_row(const MambaModel& call, void* workspace, cudaStream_t stream);
+
 inline bool is_mamba2(const MambaModel& c) { return c.heads > 0; }
 
 // The parts of a step between the products, as calls.

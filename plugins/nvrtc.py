@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,10 @@ _HEADERS = {
 }
 _OPTIONS = ("-std=c++17", "-default-device", "-DMAMBA_KERNELS_ONLY")
 _FREE_SHARED = 40 << 10  # dynamic bytes that a launch need not ask for, whatever a kernel has besides
+_TABLE_ARGUMENTS = 12010  # CUDA, from which on a kernel's arguments may be as large as the table of token.cuh
+_EncodeMap = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *5 * (ctypes.c_void_p,), *4 * (ctypes.c_int,)
+)
 _allowed: dict[int, int] = {}  # bytes of dynamic shared memory by function: setting a smaller number would lower it
 
 
@@ -47,6 +51,7 @@ class Launch(NamedTuple):
     shared: int  # bytes of dynamic shared memory
     arguments: tuple[Any, ...]  # of ctypes
     cluster: int = 1  # blocks of a cluster, along x
+    cooperative: bool = False  # whether all blocks have to run at once
 
 
 class Gemm(NamedTuple):
@@ -75,6 +80,7 @@ class Device(NamedTuple):
     major: int  # compute capability of the code: less than the GPU's where NVRTC is older
     multiprocessors: int
     shared_bytes: int  # a block may have at most
+    encode_map: Callable[..., int] | None = None  # cuTensorMapEncodeTiled, where kernels that use it can be launched
 
 
 class Program(NamedTuple):
@@ -115,7 +121,19 @@ def _describe(number: int) -> Device:
         int(_driver_call(driver.cuDeviceGetAttribute(name, number))) for name in wanted
     )
     architecture = 10 * major + minor
-    return Device(architecture, _code_architecture(architecture) // 10, multiprocessors, shared_bytes)
+    code = _code_architecture(architecture)
+    return Device(architecture, code // 10, multiprocessors, shared_bytes, _find_encode_map())
+
+
+def _find_encode_map() -> Callable[..., int] | None:
+    """None where the driver or NVRTC is too old for it, or for arguments of a table's size."""
+    driver, nvrtc = _bindings()
+    major, minor = _nvrtc_call(None, nvrtc.nvrtcVersion())
+    if min(1000 * major + 10 * minor, int(_driver_call(driver.cuDriverGetVersion()))) < _TABLE_ARGUMENTS:
+        return None
+    flags = driver.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
+    code, pointer, *_ = driver.cuGetProcAddress(b"cuTensorMapEncodeTiled", 12000, flags)
+    return _EncodeMap(int(pointer)) if code == driver.CUresult.CUDA_SUCCESS and pointer else None
 
 
 def launch(launches: Sequence[Launch | Gemm], device: Device, stream: int) -> None:
@@ -138,26 +156,30 @@ def launch(launches: Sequence[Launch | Gemm], device: Device, stream: int) -> No
         function = _function(context, one.source, one.kernel, one.shared, device.architecture)
         grid, threads = (*one.grid, 1, 1)[:3], (*one.threads, 1, 1)[:3]
         pointers = (ctypes.c_void_p * len(one.arguments))(*(ctypes.addressof(a) for a in one.arguments))
-        if one.cluster == 1:
+        if one.cluster == 1 and not one.cooperative:
             answer = driver.cuLaunchKernel(function, *grid, *threads, one.shared, stream, ctypes.addressof(pointers), 0)
         else:
             answer = driver.cuLaunchKernelEx(
-                _clusters(grid, threads, one.shared, stream, one.cluster), function, ctypes.addressof(pointers), 0
+                _configuration(one, grid, threads, stream), function, ctypes.addressof(pointers), 0
             )
         _driver_call(answer)
 
 
-def _clusters(grid: tuple[int, ...], threads: tuple[int, ...], shared: int, stream: int, cluster: int) -> Any:
-    """How a kernel of clusters of blocks is launched."""
+def _configuration(one: Launch, grid: tuple[int, ...], threads: tuple[int, ...], stream: int) -> Any:
+    """How a kernel is launched that is cooperative or has clusters of blocks."""
     driver, _ = _bindings()
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    size = attribute.value.clusterDim
-    size.x, size.y, size.z = cluster, 1, 1
+    attribute, ids = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+    if one.cooperative:
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        attribute.value.cooperative = 1
+    else:
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attribute.value.clusterDim
+        size.x, size.y, size.z = one.cluster, 1, 1
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads
-    config.sharedMemBytes, config.hStream, config.numAttrs, config.attrs = shared, stream, 1, [attribute]
+    config.sharedMemBytes, config.hStream, config.numAttrs, config.attrs = one.shared, stream, 1, [attribute]
     return config
 
 

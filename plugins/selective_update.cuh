@@ -46,6 +46,15 @@ struct FourStates {
             bits.x = half.x, bits.y = half.y;
         }
     }
+    // From shared memory, `from` being the first of all.
+    __device__ __forceinline__ void load_shared(const char* from, int at, int32_t dtype) {
+        if (dtype == MAMBA_FLOAT32) {
+            bits = *reinterpret_cast<const uint4*>(from + 4 * at);
+        } else {
+            const uint2 half = *reinterpret_cast<const uint2*>(from + 2 * at);
+            bits.x = half.x, bits.y = half.y;
+        }
+    }
     __device__ __forceinline__ void store(void* to, int64_t at, int32_t dtype) const {
         if (dtype == MAMBA_FLOAT32) {
             __stcs(reinterpret_cast<uint4*>(static_cast<float*>(to) + at), bits);

@@ -21,7 +21,17 @@ import recurrence
 import torch
 
 from mamba_deploy.errors import PluginError
-from mamba_deploy.plugins import arguments, build, kernels, launches, launches_prompt, nvrtc, structs, toolchain
+from mamba_deploy.plugins import (
+    arguments,
+    build,
+    kernels,
+    launches,
+    launches_prompt,
+    launches_token,
+    nvrtc,
+    structs,
+    toolchain,
+)
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 
 pytestmark = pytest.mark.slow
@@ -38,23 +48,56 @@ DEVICES = [
 
 # What the objects of nvcc want of libcudart. A launch is told to `record`, which may look at its arguments.
 RUNTIME = r"""
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <string>
 namespace {
 std::map<const void*, std::string>& names() { static std::map<const void*, std::string> of; return of; }
+int driver_version = 13000;
 int attributes[3];  // compute capability of the code, multiprocessors, shared memory
 void (*record)(const char*, const unsigned*, size_t, void**);
 struct { dim3 grid, block; size_t shared; cudaStream_t stream; } pushed;
-cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, unsigned cluster = 1) {
-    const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster};
+cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, unsigned cluster = 1,
+                   unsigned cooperative = 0) {
+    const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster, cooperative};
     record(names()[function].c_str(), sizes, shared, args);
     return cudaSuccess;
 }
 }
 extern "C" {
+void set_driver_version(int version) { driver_version = version; }
+// Of the driver: a map is what it was made of.
+CUresult encode_map(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* from, const cuuint64_t* sizes,
+                    const cuuint64_t* row_bytes, const cuuint32_t* box, const cuuint32_t* steps,
+                    CUtensorMapInterleave order, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                    CUtensorMapFloatOOBfill fill) {
+    if ((uintptr_t)to % 64 != 0 || rank != 2) return CUDA_ERROR_INVALID_VALUE;
+    const cuuint64_t given[16] = {
+        (cuuint64_t)from, type, sizes[0], sizes[1], row_bytes[0], box[0], box[1], steps[0], steps[1], order, swizzle,
+        promotion, fill};
+    std::memcpy(to, given, sizeof(given));
+    return CUDA_SUCCESS;
+}
+cudaError_t cudaDriverGetVersion(int* to) {
+    *to = driver_version;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** to, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+    const bool known = std::strcmp(name, "cuTensorMapEncodeTiled") == 0 && version == 12000;
+    *to = known ? (void*)encode_map : nullptr;
+    *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** to, unsigned long long flags,
+                                    cudaDriverEntryPointQueryResult* result) {
+    return cudaGetDriverEntryPointByVersion(name, to, 12000, flags, result);
+}
 void set_recorder(decltype(record) given, const int* of_device) {
     record = given;
     for (int i = 0; i < 3; i++) attributes[i] = of_device[i];
@@ -88,11 +131,12 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return launch(function, grid, block, args, shared);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* function, void** args) {
-    unsigned cluster = 1;
+    unsigned cluster = 1, cooperative = 0;
     for (unsigned i = 0; i < c->numAttrs; i++) {
         if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
+        if (c->attrs[i].id == cudaLaunchAttributeCooperative) cooperative = c->attrs[i].val.cooperative;
     }
-    return launch(function, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cluster);
+    return launch(function, c->gridDim, c->blockDim, args, c->dynamicSmemBytes, cluster, cooperative);
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
@@ -207,6 +251,11 @@ def library(real_build: tuple[build.Built, list[str]], objects: Path) -> ctypes.
     found = ctypes.CDLL(str(target))
     found.cublas = ctypes.CDLL(str(products))  # which prompt.cu then finds in the process
     return found
+
+
+def of_driver(library: ctypes.CDLL, device: Device) -> Device:
+    """A device with the tensor maps of the stand-in."""
+    return device._replace(encode_map=nvrtc._EncodeMap(("encode_map", library)))
 
 
 # --- the build ---------------------------------------------------------------------------------------------------
@@ -395,8 +444,12 @@ def _model(draw: random.Random, batch: int) -> Any:
         sizes |= {"inner": D, "channels": D, "outputs": 2 * D, "state_size": N, "rank": R, "groups": 1}
     call = _struct("model", draw, sizes)
     call.norm_eps, call.eps = draw.choice((-1.0, 1e-6)), 1e-5
-    call.kept = (structs.MambaLayer * call.layers)()  # by the call, as long as it is there
     absent = {name for name in OPTIONAL if draw.random() < 0.3} | {"x_proj", "dt_proj"} if is_mamba2 else {"gate_norm"}
+    return _with_layers(call, draw, absent)
+
+
+def _with_layers(call: Any, draw: random.Random, absent: set[str]) -> Any:
+    call.kept = (structs.MambaLayer * call.layers)()  # by the call, as long as it is there
     for layer in call.kept:
         for name, _ in layer._fields_:
             if name not in absent:
@@ -440,7 +493,7 @@ def wanted_of(planned: Launch | Gemm) -> Any:
         y = (p.add, p.y, y_kind, p.outputs, p.rows * p.outputs)
         product = (p.by_outputs, 0, p.outputs, p.rows, k, 1, *w, p.x, kind, p.x_row, k, *y, p.parts)
         return (*product, 68, -1, p.workspace, p.workspace_bytes, 16)
-    sizes = ((*p.grid, 1, 1)[:3], (*p.threads, 1, 1)[:3], p.cluster)
+    sizes = ((*p.grid, 1, 1)[:3], (*p.threads, 1, 1)[:3], p.cluster, p.cooperative)
     return (canonical(p.kernel), *sizes, p.shared, [bytes(a) for a in p.arguments])
 
 
@@ -455,7 +508,7 @@ def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: 
     def note(name: bytes, sizes: Any, shared: int, arguments: Any) -> None:
         like = getattr(planned[len(found)], "arguments", ()) if len(found) < len(planned) else ()
         values = [ctypes.string_at(arguments[i], ctypes.sizeof(a)) for i, a in enumerate(like)]
-        found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6], shared, values))
+        found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), *sizes[6:8], shared, values))
 
     recorder = Recorder(note)
     attributes = (ctypes.c_int * 3)(device.major, device.multiprocessors, device.shared_bytes)
@@ -480,7 +533,7 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
     kinds = set()
     beside = [0, 0]  # calls of sizes that are padded from 128 tokens on, a few tokens below and above
     for _ in range(2000):
-        call, device = random_call(op, draw), draw.choice(DEVICES)
+        call, device = random_call(op, draw), of_driver(library, draw.choice(DEVICES))
         if not fits(op, call):
             continue
         planned = plan(call, WORKSPACE, device)
@@ -542,6 +595,121 @@ def test_python_launches_what_the_compiled_prompt_does(library):
         "embed_rows_kernel", "norm_kernel", "part_norms_kernel", "bias_kernel", "pad_kernel", "chunk_kernel",
         "recurrent_kernel",
     }  # fmt: skip
+
+
+# Width, inner width, rank and heads of published models, and channels of a block, by 8, on 132 multiprocessors.
+PUBLISHED = {
+    "mamba-130m": (768, 1536, 48, 0, 2),
+    "mamba-370m": (1024, 2048, 64, 0, 2),
+    "mamba-790m": (1536, 3072, 96, 0, 3),
+    "mamba-1.4b": (2048, 4096, 128, 0, 4),
+    "mamba-2.8b": (2560, 5120, 160, 0, 5),
+    "falcon-mamba-7b": (4096, 8192, 256, 0, 8),
+    "mamba2-130m": (768, 1536, 0, 24, 0),  # which the chain does faster
+    "mamba2-370m": (1024, 2048, 0, 32, 2),
+    "mamba2-780m": (1536, 3072, 0, 48, 3),
+    "mamba2-1.3b": (2048, 4096, 0, 64, 4),
+    "mamba2-2.7b": (2560, 5120, 0, 80, 5),
+}
+
+
+def a_token(name: str, draw: random.Random, **changed: Any) -> Any:
+    """A call of one row's token of a published model."""
+    width, inner, rank, heads, _ = PUBLISHED[name]
+    sizes = {"batch": 1, "length": 1, "layers": 2, "width": width, "inner": inner, "conv_width": 4, "vocab": 50280}
+    sizes |= {"heads": heads, "head_dim": 64, "state_size": 128} if heads else {"rank": rank, "state_size": 16}
+    sizes |= {"groups": 1} | changed
+    of_states = 2 * sizes["groups"] * sizes["state_size"] if heads else 0
+    call = _struct("model", draw, sizes | {"channels": inner + of_states, "outputs": 2 * inner + of_states + heads})
+    call.dtype = changed.get("dtype", draw.choice((1, 2)))
+    call.norm_eps, call.eps = 1e-6 if name.startswith("falcon") else -1.0, 1e-5
+    optional = {name for name in OPTIONAL if draw.random() < 0.3}
+    return _with_layers(call, draw, optional | ({"x_proj", "dt_proj"} if heads else {"gate_norm"}))
+
+
+def is_token(planned: list[Any]) -> bool:
+    return any("token_kernel" in p.kernel for p in planned if isinstance(p, Launch))
+
+
+def compare(library: ctypes.CDLL, call: Any, device: Device) -> list[Any]:
+    """What both launch, which has to be the same."""
+    planned = launches.model(call, WORKSPACE, device)
+    found = recorded(library, "model", call, device, planned)
+    assert len(found) == len(planned), (device, found)
+    for one, p in zip(found, planned, strict=True):
+        assert one == wanted_of(p), p.kernel if isinstance(p, Launch) else p
+    return planned
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_one_rows_token_is_one_kernel_and_the_head(library, name):
+    draw, units = random.Random(name), PUBLISHED[name][-1]
+    for dtype, T in ((1, "__half"), (2, "__nv_bfloat16")):
+        for layers in (2, 3, 64):  # two tables
+            call = a_token(name, draw, dtype=dtype, layers=layers)
+            planned = compare(library, call, of_driver(library, DEVICES[0]))
+            assert is_token(planned) == (units > 0)
+            if units:
+                *tables, token, _ = planned
+                assert len(tables) == (2 if layers == 64 else 1)
+                assert token.kernel == f"mamba::token::token_kernel<{T}, {str(call.heads > 0).lower()}, {units}>"
+                assert token.cooperative
+                assert token.arguments[0].hidden + 4 * call.width <= WORKSPACE + launches.workspace_bytes("model", call)
+        for multiprocessors in (144, 114, 78, 64):
+            device = DEVICES[0]._replace(multiprocessors=multiprocessors)
+            compare(library, a_token(name, draw, dtype=dtype), of_driver(library, device))
+
+
+@pytest.mark.parametrize("name", ["mamba-370m", "mamba-2.8b", "mamba2-370m", "mamba2-2.7b"])
+def test_any_workspace_is_enough_for_one_rows_token(library, name):
+    draw = random.Random(name)
+    workspace = library.mamba_model_workspace
+    workspace.restype = ctypes.c_size_t
+    needed = launches_token.workspace_bytes(a_token(name, draw))
+    assert needed > 0
+    for batch, length in ((1, 1), (2, 1), (64, 1), (1, 2), (3, 512)):
+        call = a_token(name, draw, batch=batch, length=length)
+        assert launches.workspace_bytes("model", call) == workspace(ctypes.byref(call)) >= needed
+
+
+MISALIGNED = "norm_weight in_proj_bias conv_weight conv_bias conv_state A D dt_bias ssm_state gate_norm ssm_state_out"
+
+
+@pytest.mark.parametrize("name", ["mamba-370m", "mamba2-1.3b"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: value} for name, value in (("batch", 2), ("dtype", 0), ("conv_width", 3), ("layers", 81))),
+        *({name: 8} for name in ("groups", "state_size", "rank")),
+        *({"multiprocessors": count} for count in (16, 30, 127, 200)),
+        {"major": 8},
+        {"major": 12},
+        {"architecture": 120, "multiprocessors": 170, "shared_bytes": 101376},  # code of 9.0 all the same
+        *({"misaligned": name} for name in MISALIGNED.split()),
+    ],
+    ids=str,
+)
+def test_other_tokens_are_not_one_kernel(library, name, changed):
+    device = of_driver(library, DEVICES[0])
+    of_device = {key: changed[key] for key in device._fields if key in changed}
+    sizes = {key: value for key, value in changed.items() if key not in (*of_device, "misaligned")}
+    if ("rank" if PUBLISHED[name][3] else "groups") in changed:
+        pytest.skip("has no such size")
+    draw = random.Random(name)
+    assert is_token(launches.model(a_token(name, draw), WORKSPACE, device))
+    call = a_token(name, draw, **sizes)
+    if "misaligned" in changed:
+        setattr(call.kept[1], changed["misaligned"], (1 << 30) + 8)
+    assert not is_token(compare(library, call, device._replace(**of_device)))
+
+
+@pytest.mark.parametrize("name", ["mamba-370m", "mamba2-1.3b"])
+def test_an_older_driver_gets_the_chain(library, objects, name):
+    shutil.copy(objects / "liblaunchers.so", objects / f"{name}.so")
+    old = ctypes.CDLL(str(objects / f"{name}.so"))  # for the driver is asked once
+    old.cublas = library.cublas
+    old.set_driver_version(12000)
+    assert not is_token(compare(old, a_token(name, random.Random(name)), DEVICES[0]))
 
 
 @pytest.mark.parametrize(
@@ -732,6 +900,46 @@ def test_a_launch_with_less_shared_memory_does_not_spoil_one_with_more(monkeypat
     assert len(modules) == 1
 
 
+def test_a_launch_is_cooperative_or_of_clusters():
+    driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
+    for given, name in (({"cooperative": True}, "COOPERATIVE"), ({"cluster": 4}, "CLUSTER_DIMENSION")):
+        one = Launch("a.cu", "mamba::kernel", (8,), (64,), 100, (), **given)
+        config = nvrtc._configuration(one, (8, 1, 1), (64, 1, 1), 0)
+        assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.numAttrs) == (8, 64, 100, 1)
+        (attribute,) = config.attrs
+        assert attribute.id == getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+        assert (attribute.value.cooperative if "cooperative" in given else attribute.value.clusterDim.x // 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("of_driver", "of_nvrtc", "found", "pointer"),
+    [
+        (12010, (12, 1), 0, 1 << 40),
+        (13000, (13, 0), 0, 1 << 40),
+        (12000, (12, 1), 0, 1 << 40),
+        (12010, (12, 0), 0, 1 << 40),
+        (12010, (12, 1), 1, 0),
+        (12010, (12, 1), 0, 0),
+    ],
+)
+def test_tensor_maps_need_a_driver_and_an_nvrtc_that_know_large_arguments(
+    monkeypatch, of_driver, of_nvrtc, found, pointer
+):
+    driver = SimpleNamespace(
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        CUdriverProcAddress_flags=SimpleNamespace(CU_GET_PROC_ADDRESS_DEFAULT=0),
+        cuDriverGetVersion=lambda: (0, of_driver),
+        cuGetProcAddress=lambda *asked: (found, pointer, 0),
+    )
+    compiler = SimpleNamespace(nvrtcResult=SimpleNamespace(NVRTC_SUCCESS=0), nvrtcVersion=lambda: (0, *of_nvrtc))
+    monkeypatch.setattr(nvrtc, "_bindings", lambda: (driver, compiler))
+    wanted = of_driver > 12000 and of_nvrtc > (12, 0) and found == 0 and pointer > 0
+    encode = nvrtc._find_encode_map()
+    assert (encode is not None) == wanted
+    if encode is not None:
+        assert ctypes.cast(encode, ctypes.c_void_p).value == pointer
+
+
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVRTC with an empty cache."""
@@ -757,6 +965,15 @@ def test_what_is_launched_compiles(compiler, tmp_path):
             assert program.code.startswith(b"\x7fELF")
             assert nvrtc.compile_kernel(one.source, one.kernel, architecture) == program
     assert len(list((tmp_path / "nvrtc").iterdir())) >= 8
+
+
+@pytest.mark.parametrize("name", ["mamba-370m", "mamba2-2.7b"])
+def test_one_rows_token_compiles(compiler, name):
+    device = DEVICES[0]._replace(encode_map=lambda *given: 0)
+    *kernels_of_token, _ = launches.model(a_token(name, random.Random(name)), WORKSPACE, device)
+    assert len(kernels_of_token) == 2
+    for one in kernels_of_token:
+        assert nvrtc.compile_kernel(one.source, one.kernel, 90).code.startswith(b"\x7fELF")
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(compiler):

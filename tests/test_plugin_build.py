@@ -40,6 +40,7 @@ KERNELS = (
     "selective_scan.cu",
     "ssd_scan.cu",
     "step.cu",
+    "token.cu",
 )
 
 # An nvcc that writes into its log what it was asked for, and into each output what went in.
@@ -731,8 +732,8 @@ def test_progress_and_warnings_are_told(toolkit, sources):
     toolkit.when_writing("ssd_scan.cu.o", "print('ssd_scan.cu(3): warning: unused')")
     told: list[str] = []
     build.build("kernels", cuda=toolkit.folder, architectures=["sm_90"], say=told.append)
-    assert told[0] == "compiling 8 files for sm_90 with nvcc 12.6.85"
-    assert sorted(told[1:9]) == [
+    assert told[0] == "compiling 9 files for sm_90 with nvcc 12.6.85"
+    assert sorted(told[1:10]) == [
         "causal_conv1d.cu: done",
         "last_token.cu: done",
         "model.cu: done",
@@ -741,9 +742,10 @@ def test_progress_and_warnings_are_told(toolkit, sources):
         "selective_scan.cu: done",
         "ssd_scan.cu: ssd_scan.cu(3): warning: unused",
         "step.cu: done",
+        "token.cu: done",
     ]
-    assert told[9] == "libmamba_kernels.so: done"
-    assert re.fullmatch(r"built in [\d.]+ s", told[10])
+    assert told[10] == "libmamba_kernels.so: done"
+    assert re.fullmatch(r"built in [\d.]+ s", told[11])
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -828,7 +830,7 @@ def test_command_builds_and_finds(toolkit, sources, tmp_path):
     assert done.exit_code == 0, done.output
     path = done.stdout.strip()
     assert path.endswith("/libmamba_plugin.so")
-    assert "compiling 10 files for sm_87, sm_90" in done.stderr
+    assert "compiling 11 files for sm_87, sm_90" in done.stderr
     assert command("path").stdout == f"{path}\n"
     register = str(Path(path).with_name("libmamba_plugin_register.so"))
     assert json.loads(command("path", "--library", "register", "--json").stdout) == {
@@ -999,7 +1001,7 @@ def strings(*texts: str) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
 
 
-HOST = ("model.cu", "prompt.cu")  # have no kernels of their own
+HOST = ("model.cu", "prompt.cu", "token.cu")  # have no kernels of their own
 
 
 @pytest.mark.slow

@@ -1,0 +1,219 @@
+"""Launches of ``token.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+from mamba_deploy.errors import PluginError
+from mamba_deploy.plugins.launches_common import TYPES, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_step import head
+from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.structs import MambaHead, MambaLayer
+
+__all__ = ["is_token", "token_of_row", "workspace_bytes"]
+
+_WARPS, _IN_ROWS, _COLUMNS, _BOX_COLUMNS = 16, 128, 256, 64
+_MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN, _SHARED = 32, 128, 4096, 80, 1024, 227 << 10
+_UNITS = (2, 3, 4, 5, 8)  # of 8 channels of a block, for which there are kernels
+_TABLE_LAYERS, _TABLE_BLOCKS, _TABLE_THREADS = 40, 128, 256
+
+# As cuda.h has them.
+_MAP_TYPES = (7, 6, 9)  # by the numbers of dtypes
+_INTERLEAVE_NONE, _L2_PROMOTION_128, _FILL_NONE = 0, 2, 0
+_SWIZZLES = {16: 1, 32: 2, 64: 3}  # by columns of a box; else none
+_MAP_ALIGN = 64
+
+_TensorMap = c_uint64 * 16
+
+
+class _TokenLayer(ctypes.Structure):
+    _fields_ = [
+        ("at", MambaLayer),
+        ("padding", c_uint8 * (-ctypes.sizeof(MambaLayer) % _MAP_ALIGN)),
+        *((name, _TensorMap) for name in ("in_", "low", "dt", "out")),
+    ]
+
+
+class _Token(ctypes.Structure):
+    _fields_ = [
+        *((n, c_int32) for n in "layers width inner low rank heads head_dim vocab state_dtype".split()),
+        *((n, c_int32) for n in "skip_per_channel own_width width_factor own_low low_factor part".split()),
+        *((n, c_int32) for n in ("slot_bytes", "slots")),
+        *((n, c_float) for n in ("eps", "norm_eps", "dt_min", "dt_max")),
+        *((n, c_void_p) for n in "input_ids seq_lens embedding each low_parts lows parts stream hidden".split()),
+    ]
+
+
+def is_token(c: Any, device: Device) -> bool:
+    """Whether a call of MambaModel is one row's token that one kernel can do, and does faster than the chain."""
+    if not _are_sizes(c) or (c.heads and c.width < 1024) or not _are_aligned(c):
+        return False
+    if device.major != 9 or device.shared_bytes < _SHARED:
+        return False
+    return _units(c, device.multiprocessors) > 0 and device.encode_map is not None
+
+
+def workspace_bytes(call: Any) -> int:
+    """As ``token_workspace`` in C++: whatever the batch and length, and the device."""
+    c = type(call).from_buffer_copy(call)
+    c.batch = c.length = 1
+    cuts = [_cut(c, units) for units in _UNITS if _are_sizes(c) and _is_cut(c, units)]
+    return max((_place(a, 0) for a in cuts), default=0)
+
+
+def token_of_row(c: Any, workspace: int, device: Device) -> list[Launch]:
+    """As the launcher in ``token.cu``: c is the struct of MambaModel, workspace an address."""
+    units = _units(c, device.multiprocessors)
+    a = _cut(c, units)
+    _place(a, workspace)
+    ring = _ring_begin(a) + _SLOT_ALIGN
+    a.slots = min((device.shared_bytes - _own_bytes(8 * units) - ring) // a.slot_bytes, _MOST_SLOTS)
+    name = kernel_name("token", "token_kernel", TYPES[c.dtype], bool(c.heads), units)
+    shared = ring + a.slots * a.slot_bytes
+    row = MambaHead(1, 1, c.width, c.vocab, c.dtype, c.eps, a.hidden, c.norm_weight, c.head, c.logits)
+    return [
+        *_tables(c, a, 8 * units, device.encode_map),
+        Launch("token.cuh", name, (_blocks(a),), (32 * (_WARPS + 1),), shared, (a,), cooperative=True),
+        *head(row, 0, device),
+    ]
+
+
+# --- whether, and how it is cut
+
+
+def _are_sizes(c: Any) -> bool:
+    if c.batch != 1 or c.length != 1 or c.dtype == 0 or c.conv_width != 4 or c.layers > _MOST_LAYERS:
+        return False
+    if c.width % _COLUMNS or c.width > _MOST_WIDTH or c.outputs % 8:
+        return False
+    if c.heads:
+        return bool(c.state_size == 128 and c.groups == 1 and c.head_dim >= 16 and c.heads % 4 == 0)
+    return bool(c.state_size == 16 and c.rank % 16 == 0 and c.rank <= _COLUMNS)
+
+
+def _are_aligned(c: Any) -> bool:
+    copied = "norm_weight in_proj_bias conv_weight conv_bias conv_state A D dt_bias ssm_state gate_norm ssm_state_out"
+    return all(are_aligned(layer, copied, 16) for layer in _layers(c))
+
+
+def _layers(c: Any) -> Any:
+    return (MambaLayer * c.layers).from_address(c.each)
+
+
+def _units(c: Any, multiprocessors: int) -> int:
+    """The fewest with which all blocks fit on the device at once, unless they leave a third of it empty; or 0."""
+    for units in _UNITS:
+        blocks = c.inner // (8 * units)
+        if blocks <= multiprocessors and _is_cut(c, units):
+            return units if 3 * blocks >= 2 * multiprocessors else 0
+    return 0
+
+
+def _is_cut(c: Any, units: int) -> bool:
+    own = 8 * units
+    blocks = c.inner // own
+    if c.inner % own or blocks == 0 or blocks % _WARPS or blocks > _MOST_BLOCKS or c.width % (2 * blocks):
+        return False
+    a = _cut(c, units)
+    return bool(a.part <= 32 and a.own_low <= 2 * _WARPS)
+
+
+def _cut(c: Any, units: int) -> _Token:
+    """What follows from the sizes and the channels of a block."""
+    own = 8 * units
+    blocks = c.inner // own
+    low = c.outputs - 2 * c.inner if c.heads else c.rank + 2 * c.state_size
+    own_width, own_low = c.width // blocks, ceil_div(ceil_div(low, blocks), 2) * 2
+    return _Token(
+        c.layers, c.width, c.inner, low, c.rank, c.heads, c.head_dim, c.vocab, c.state_dtype, c.skip_per_channel,
+        own_width, ceil_div(1 << 32, own_width), own_low, ceil_div(1 << 32, own_low),
+        part=own_width + (2 if c.heads else 0),
+        slot_bytes=512 * max(own, ceil_div(own_width, 8) * 8 if c.heads else 0),
+        eps=c.eps, norm_eps=c.norm_eps, dt_min=c.dt_min, dt_max=c.dt_max,
+        input_ids=c.input_ids, seq_lens=c.seq_lens, embedding=c.embedding,
+    )  # fmt: skip
+
+
+def _blocks(a: _Token) -> int:
+    return int(a.width // a.own_width)
+
+
+# --- places
+
+
+def _place(a: _Token, workspace: int) -> int:
+    """Sets the addresses in the workspace; gives the bytes of it. Words lie from low_parts to hidden."""
+    blocks, at = _blocks(a), workspace
+    for name, size in (
+        ("each", a.layers * ctypes.sizeof(_TokenLayer)),
+        ("low_parts", 8 * ceil_div(a.low, a.own_low) * blocks * a.own_low),
+        ("lows", 8 * a.low),
+        ("parts", 8 * blocks * blocks * a.part),
+        ("stream", 8 * a.width),
+        ("hidden", 4 * a.width),
+    ):
+        setattr(a, name, at)
+        at += ceil_div(size, 256) * 256
+    return at - workspace
+
+
+def _ring_begin(a: _Token) -> int:
+    """In dynamic shared memory: as in Places."""
+    low = ceil_div(2 * a.width, 16) * 16
+    return ceil_div(low + 4 * a.low, 8) * 8 + int(a.layers) * ctypes.sizeof(MambaLayer)
+
+
+def _own_bytes(own: int) -> int:
+    """Of static shared memory: as Own."""
+    floats = _WARPS * (2 * own + 64 + 1) + 4 * own
+    return 8 * 2 * _MOST_SLOTS + 4 * floats + 2 * (own + _COLUMNS)
+
+
+# --- layers, with their tensor maps
+
+
+def _tables(c: Any, a: _Token, own: int, encode: Any) -> list[Launch]:
+    found, layers, tables = [], _layers(c), ceil_div(c.layers, _TABLE_LAYERS)
+    words = (a.hidden - a.low_parts) // 16  # that a kernel sets two at a time
+    for i in range(tables):
+        first = i * _TABLE_LAYERS
+        given, table = layers[first : first + _TABLE_LAYERS], (_TokenLayer * _TABLE_LAYERS)()
+        for to, layer in zip(table, given, strict=False):
+            _fill(to, layer, c, a, own, encode)
+        target = c_void_p(a.each + first * ctypes.sizeof(_TokenLayer))
+        part = (c_int64(words * i // tables), c_int64(words * (i + 1) // tables))
+        arguments = (table, c_int32(len(given)), target, c_void_p(a.low_parts), *part)
+        name = "mamba::token::token_table_kernel"
+        found.append(Launch("token.cuh", name, (_TABLE_BLOCKS,), (_TABLE_THREADS,), 0, arguments))
+    return found
+
+
+def _fill(to: _TokenLayer, layer: Any, c: Any, a: _Token, own: int, encode: Callable[..., int]) -> None:
+    def encoded(weights: int, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
+        return _encoded(encode, c.dtype, weights, (columns, rows), (box_columns, box_rows))
+
+    to.at = layer
+    to.in_ = encoded(layer.in_proj, c.width, c.outputs, _IN_ROWS, own)
+    to.out = encoded(layer.out_proj, c.inner, c.width, own, _BOX_COLUMNS)
+    if c.heads:
+        to.low = encoded(layer.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, _BOX_COLUMNS)
+    else:
+        to.low = encoded(layer.x_proj, c.inner, a.low, own, _BOX_COLUMNS)
+        to.dt = encoded(layer.dt_proj, c.rank, c.inner, _IN_ROWS, own)
+
+
+def _encoded(encode: Callable[..., int], dtype: int, weights: int, size: tuple[int, int], box: tuple[int, int]) -> Any:
+    """A map of weights of so many columns and rows in boxes, swizzled as place_of() of the kernel has it."""
+    room = (c_uint8 * (ctypes.sizeof(_TensorMap) + _MAP_ALIGN))()  # for ctypes aligns less than the driver wants
+    offset = -ctypes.addressof(room) % _MAP_ALIGN
+    code = encode(
+        ctypes.addressof(room) + offset, _MAP_TYPES[dtype], 2, weights, (c_uint64 * 2)(*size),
+        (c_uint64 * 1)(2 * size[0]), (c_uint32 * 2)(*box), (c_uint32 * 2)(1, 1), _INTERLEAVE_NONE,
+        _SWIZZLES.get(box[0], 0), _L2_PROMOTION_128, _FILL_NONE,
+    )  # fmt: skip
+    if code != 0:
+        raise PluginError(f"CUDA refused a tensor map: {code}")
+    return _TensorMap.from_buffer_copy(room, offset)

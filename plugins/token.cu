@@ -1,0 +1,271 @@
+// A token of one row by token_kernel: whether it can be, how it is cut, and the maps by which it copies weights.
+#include <algorithm>
+
+#include "model.h"
+
+// From here on a kernel's arguments may take the 28 KiB of a table.
+#if CUDART_VERSION >= 12010
+#include <cuda.h>
+
+#include "token.cuh"
+#endif
+
+namespace mamba {
+namespace model {
+
+#if CUDART_VERSION >= 12010
+namespace {
+
+using token::LayerTable;
+using token::TensorMap;
+using token::Token;
+using token::TokenLayer;
+
+static_assert(sizeof(CUtensorMap) == sizeof(TensorMap), "TensorMap is CUtensorMap");
+
+constexpr int kUnits[] = {2, 3, 4, 5, 8};  // of 8 channels of a block, for which there are kernels
+constexpr int kTableBlocks = 128, kTableThreads = 256;
+constexpr int kShared = 227 << 10;  // of a block of compute capability 9.0, whose PTX may run where there is less
+constexpr int kMostLayers = 80;     // whose pointers leave room in it for five slots of any size
+
+int64_t even(int64_t v) { return (v + 1) / 2 * 2; }
+
+uint32_t factor_of(uint32_t divisor) { return static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor); }
+
+// What follows from the sizes and the channels of a block.
+Token cut(const MambaModel& c, int units) {
+    const int blocks = c.inner / (8 * units);
+    Token a{};
+    a.layers = c.layers, a.width = c.width, a.inner = c.inner;
+    a.low = is_mamba2(c) ? c.outputs - 2 * c.inner : c.rank + 2 * c.state_size;
+    a.rank = c.rank, a.heads = c.heads, a.head_dim = c.head_dim, a.vocab = c.vocab, a.state_dtype = c.state_dtype;
+    a.skip_per_channel = c.skip_per_channel;
+    a.own_width = c.width / blocks, a.width_factor = factor_of(a.own_width);
+    a.own_low = even(ceil_div(a.low, blocks)), a.low_factor = factor_of(a.own_low);
+    a.part = a.own_width + (is_mamba2(c) ? 2 : 0);
+    a.slot_bytes = 512 * std::max<int>(8 * units, is_mamba2(c) ? ceil_div(a.own_width, 8) * 8 : 0);
+    a.eps = c.eps, a.norm_eps = c.norm_eps, a.dt_min = c.dt_min, a.dt_max = c.dt_max;
+    a.input_ids = c.input_ids, a.seq_lens = c.seq_lens, a.embedding = c.embedding;
+    return a;
+}
+
+// Whether channels can be cut so.
+bool is_cut(const MambaModel& c, int units) {
+    const int own = 8 * units, blocks = c.inner / own;
+    if (c.inner % own != 0 || blocks == 0 || blocks % token::kWarps != 0 || blocks > token::kMostBlocks) return false;
+    if (c.width % blocks != 0 || c.width / blocks % 2 != 0) return false;
+    const Token a = cut(c, units);
+    return a.part <= 32 && a.own_low <= 2 * token::kWarps;
+}
+
+// Whether sizes are such as the kernel has been written for, all of published models but those with groups of states.
+bool are_token_sizes(const MambaModel& c) {
+    if (c.batch != 1 || c.length != 1 || c.dtype == MAMBA_FLOAT32 || c.conv_width != 4) return false;
+    if (c.layers > kMostLayers) return false;
+    if (c.width % token::kColumns != 0 || c.width > token::kMostWidth || c.outputs % 8 != 0) return false;
+    if (is_mamba2(c)) return c.state_size == 128 && c.groups == 1 && c.head_dim >= 16 && c.heads % 4 == 0;
+    return c.state_size == 16 && c.rank % 16 == 0 && c.rank <= token::kColumns;
+}
+
+// Units of a block, the fewest with which all blocks fit on the device at once, unless they leave a third of it empty; or 0.
+int units_of(const MambaModel& c, int multiprocessors) {
+    for (const int units : kUnits) {
+        const int blocks = c.inner / (8 * units);
+        if (blocks <= multiprocessors && is_cut(c, units)) return 3 * blocks >= 2 * multiprocessors ? units : 0;
+    }
+    return 0;
+}
+
+// What is copied 16 bytes at a time besides weights of products.
+bool are_aligned(const MambaModel& c) {
+    return std::all_of(c.each, c.each + c.layers, [](const MambaLayer& l) {
+        for (const void* p : {static_cast<const void*>(l.norm_weight), l.in_proj_bias, l.conv_weight, l.conv_bias, l.conv_state,
+                              static_cast<const void*>(l.A), static_cast<const void*>(l.D),
+                              static_cast<const void*>(l.dt_bias), l.ssm_state, static_cast<const void*>(l.gate_norm),
+                              static_cast<const void*>(l.ssm_state_out)}) {
+            if (!is_aligned(p, 16)) return false;
+        }
+        return true;
+    });
+}
+
+// Takes places in the workspace, from its start on; words are side by side.
+struct Workspace {
+    TokenLayer* each;
+    size_t words = 0, words_end = 0, bytes = 0;
+
+    Workspace(Token& a, int blocks, void* workspace) {
+        char* const start = static_cast<char*>(workspace);
+        const auto take = [&](int64_t count, int64_t item) {
+            void* const place = start + bytes;
+            bytes += workspace_bytes(ceil_div(count * item, 4));
+            return place;
+        };
+        const auto take_words = [&](int64_t count) { return static_cast<uint64_t*>(take(count, 8)); };
+        a.each = each = static_cast<TokenLayer*>(take(a.layers, sizeof(TokenLayer)));
+        words = bytes;
+        a.low_parts = take_words(ceil_div(a.low, a.own_low) * blocks * a.own_low);
+        a.lows = take_words(a.low);
+        a.parts = take_words(int64_t{blocks} * blocks * a.part);
+        a.stream = take_words(a.width);
+        words_end = bytes;
+        a.hidden = static_cast<float*>(take(a.width, 4));
+    }
+};
+
+// cuTensorMapEncodeTiled; null where the driver is too old for it, or for arguments of a table's size.
+using Encode = decltype(&cuTensorMapEncodeTiled);
+Encode find_encode() {
+    int version = 0;
+    if (cudaDriverGetVersion(&version) != cudaSuccess || version < 12010) return nullptr;
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+}
+
+Encode encode_of_driver() {
+    static const Encode found = find_encode();
+    return found;
+}
+
+// Weights [rows, columns] in boxes, whose rows are swizzled as place_of() has it.
+bool make_map(Encode encode, TensorMap& to, const void* weights, int32_t dtype, int rows, int columns, int box_rows,
+              int box_columns) {
+    const auto type = dtype == MAMBA_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t row_bytes[] = {2 * sizes[0]};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+    const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                         : box_columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                             : CU_TENSOR_MAP_SWIZZLE_NONE;
+    return encode(reinterpret_cast<CUtensorMap*>(&to), type, 2, const_cast<void*>(weights), sizes, row_bytes, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaLayer& l, const Token& a, int own) {
+    const auto map = [&](TensorMap& of, const void* weights, int rows, int columns, int box_rows, int box_columns) {
+        return make_map(encode, of, weights, c.dtype, rows, columns, box_rows, box_columns);
+    };
+    to.at = l;
+    if (!map(to.in, l.in_proj, c.width, c.outputs, token::kInRows, own)) return false;
+    if (!map(to.out, l.out_proj, c.inner, c.width, own, token::kBoxColumns)) return false;
+    if (is_mamba2(c)) {
+        return map(to.low, l.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, token::kBoxColumns);
+    }
+    return map(to.low, l.x_proj, c.inner, a.low, own, token::kBoxColumns) &&
+           map(to.dt, l.dt_proj, c.rank, c.inner, token::kInRows, own);
+}
+
+// All blocks run at once, or the launch is refused.
+template <typename T, bool MAMBA2, int UNITS>
+cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
+    const auto kernel = token::token_kernel<T, MAMBA2, UNITS>;
+    Token a = given;
+    const int ring = token::Places(a).ring + token::kSlotAlign, fixed = sizeof(token::Own<T, 8 * UNITS>);
+    a.slots = std::min((limit - fixed - ring) / a.slot_bytes, token::kMostSlots);
+    const size_t shared = ring + a.slots * static_cast<size_t>(a.slot_bytes);
+    const cudaError_t error = allow_shared(kernel, shared);
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = a.inner / (8 * UNITS);
+    config.blockDim = token::kThreads + 32;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &together;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, a);
+}
+
+template <typename T, bool MAMBA2>
+cudaError_t start(const Token& a, int units, int limit, cudaStream_t stream) {
+    switch (units) {
+        case 2: return start<T, MAMBA2, 2>(a, limit, stream);
+        case 3: return start<T, MAMBA2, 3>(a, limit, stream);
+        case 4: return start<T, MAMBA2, 4>(a, limit, stream);
+        case 5: return start<T, MAMBA2, 5>(a, limit, stream);
+        default: return start<T, MAMBA2, 8>(a, limit, stream);
+    }
+}
+
+}  // namespace
+
+// On compute capability 9.0, where it was measured, it is faster but for Mamba-2 of d below 1024.
+bool is_token(const MambaModel& c) {
+    if (!are_token_sizes(c) || (is_mamba2(c) && c.width < 1024) || !are_aligned(c)) return false;
+    Device device;
+    return device.read(token::token_table_kernel) == cudaSuccess && device.major == 9 &&
+           device.shared_bytes >= kShared && units_of(c, device.multiprocessors) > 0 && encode_of_driver() != nullptr;
+}
+
+size_t token_workspace(const MambaModel& given) {
+    MambaModel c = given;
+    c.batch = c.length = 1;
+    size_t most = 0;
+    for (const int units : kUnits) {
+        if (!are_token_sizes(c) || !is_cut(c, units)) continue;
+        Token a = cut(c, units);
+        most = std::max(most, Workspace(a, c.inner / (8 * units), nullptr).bytes);
+    }
+    return most;
+}
+
+cudaError_t token_of_row(const MambaModel& c, void* workspace, cudaStream_t stream) {
+    const Encode encode = encode_of_driver();
+    Device device;
+    cudaError_t error = device.read(token::token_table_kernel);
+    if (error != cudaSuccess) return error;
+    if (workspace == nullptr) return cudaErrorInvalidValue;
+    const int units = units_of(c, device.multiprocessors);
+    Token a = cut(c, units);
+    const Workspace at(a, c.inner / (8 * units), workspace);
+    uint4* const words = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + at.words);
+    const int64_t all = (at.words_end - at.words) / sizeof(uint4);
+    const int tables = static_cast<int>(ceil_div(c.layers, token::kTableLayers));
+    for (int i = 0; i < tables; i++) {
+        LayerTable table{};
+        const int first = i * token::kTableLayers, count = std::min(token::kTableLayers, c.layers - first);
+        for (int j = 0; j < count; j++) {
+            if (!make_layer(encode, table.each[j], c, c.each[first + j], a, 8 * units)) return cudaErrorInvalidValue;
+        }
+        token::token_table_kernel<<<kTableBlocks, kTableThreads, 0, stream>>>(
+            table, count, at.each + first, words, all * i / tables, all * (i + 1) / tables);
+        error = cudaGetLastError();
+        if (error != cudaSuccess) return error;
+    }
+    error = cudaErrorInvalidValue;
+    const auto run = [&](auto t) {
+        using T = decltype(t);
+        const auto start_it = is_mamba2(c) ? start<T, true> : start<T, false>;
+        error = start_it(a, units, device.shared_bytes, stream);
+    };
+    if (c.dtype == MAMBA_FLOAT16) {
+        run(__half{});
+    } else {
+        run(__nv_bfloat16{});
+    }
+    if (error != cudaSuccess) return error;
+    const MambaHead head = {1, 1, c.width, c.vocab, c.dtype, c.eps, a.hidden, c.norm_weight, c.head, c.logits};
+    return static_cast<cudaError_t>(mamba_head(&head, nullptr, stream));
+}
+
+#else
+
+bool is_token(const MambaModel&) { return false; }
+size_t token_workspace(const MambaModel&) { return 0; }
+cudaError_t token_of_row(const MambaModel&, void*, cudaStream_t) { return cudaErrorNotSupported; }
+
+#endif
+
+}  // namespace model
+}  // namespace mamba

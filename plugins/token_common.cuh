@@ -1,0 +1,185 @@
+// What the two halves of token_kernel share: sizes, what blocks exchange, and the ring of weights between the halves.
+#pragma once
+
+#include "step_common.cuh"
+#include "tensor_core.cuh"
+
+namespace mamba {
+namespace token {
+
+constexpr int kWarps = 16, kThreads = 32 * kWarps;  // that compute; one more warp brings what they need
+constexpr int kInRows = 128;                        // of in_proj, of a stage
+constexpr int kColumns = 256, kBoxColumns = 64;     // of x_proj and out_proj, of a stage, which comes in boxes
+constexpr int kMostSlots = 32, kMostBlocks = 128, kMostWidth = 4096;
+constexpr int kSlotAlign = 1024;  // of shared addresses, which decide where swizzled rows lie
+constexpr int kTableLayers = 40;  // that are an argument of a kernel, at most 32 KiB
+
+// cuda.h's CUtensorMap, which NVRTC does not know.
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+struct TokenLayer {
+    MambaLayer at;
+    TensorMap in, low, dt, out;  // weights of products; low: x_proj, or Mamba-2's columns of in_proj for B, C and dt
+};
+
+struct LayerTable {
+    TokenLayer each[kTableLayers];
+};
+
+// `low` are the values of a layer that all blocks need: rank + 2 N of Mamba, 2 N + heads of Mamba-2.
+struct Token {
+    int32_t layers, width, inner, low, rank, heads, head_dim, vocab, state_dtype, skip_per_channel;
+    int32_t own_width, width_factor;  // values of the residual stream of a block, and ceil(2^32 / that)
+    int32_t own_low, low_factor;      // of low, likewise
+    int32_t part;                     // words of a block's sums for another
+    int32_t slot_bytes, slots;
+    float eps, norm_eps, dt_min, dt_max;
+    const int32_t *input_ids, *seq_lens;
+    const void* embedding;
+    const TokenLayer* each;
+    uint64_t *low_parts, *lows;  // [to, blocks, own_low] and [low] words
+    uint64_t *parts, *stream;    // [to, blocks, part] and [width] words
+    float* hidden;               // [width]: the residual stream after the last layer
+};
+
+// What has a fixed place in shared memory; of the block's channels, if nothing else is said.
+template <typename T, int OWN>
+struct Own {
+    uint64_t bars[2 * kMostSlots];
+    float partial[kWarps][2 * OWN], sums[kWarps][64], squares[kWarps];
+    float x[OWN], gate[OWN], y[OWN], y_squared[OWN];
+    T x_in[OWN], dt_in[kColumns];
+};
+
+// Where the rest is: x of the layer, low, pointers of all layers, then the ring.
+struct Places {
+    int low, layers, ring;
+
+    __host__ __device__ explicit Places(const Token& a) {
+        low = (2 * a.width + 15) / 16 * 16;
+        layers = (low + 4 * a.low + 7) / 8 * 8;
+        ring = layers + a.layers * static_cast<int>(sizeof(MambaLayer));
+    }
+};
+
+// A stage of what the block's channels have besides weights of products; where each begins. Of Mamba-2's values of heads
+// it has some neighbouring ones, from a multiple of four on, and its states are a stage of their own.
+template <int OWN, bool MAMBA2>
+struct Channels {
+    static constexpr int kHeads = 8, kOfHeads = 4 * kHeads;
+    static constexpr int filter = 0, before = filter + 8 * OWN, conv_bias = before + 6 * OWN, in_bias = conv_bias + 2 * OWN;
+    static constexpr int A = in_bias + 4 * OWN, skip = A + (MAMBA2 ? kOfHeads : 64 * OWN);
+    static constexpr int dt_bias = skip + (4 * OWN > kOfHeads ? 4 * OWN : kOfHeads);
+    static constexpr int gate_norm = dt_bias + (MAMBA2 ? kOfHeads : 4 * OWN), states = gate_norm;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// v, but what follows from it is not found ahead of a loop, where it would take registers.
+__device__ __forceinline__ int not_ahead(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+// --- exchange: a word is a float and, above it, the number of its layer, from 1 on
+
+struct Words {
+    uint64_t first, second;
+
+    __device__ __forceinline__ void read(const uint64_t* at) {
+        asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(at) : "memory");
+    }
+    __device__ __forceinline__ bool are_of(uint32_t layer) const { return first >> 32 == layer && second >> 32 == layer; }
+    __device__ __forceinline__ float2 values() const {
+        return make_float2(__uint_as_float(static_cast<uint32_t>(first)), __uint_as_float(static_cast<uint32_t>(second)));
+    }
+};
+
+__device__ __forceinline__ void write_word(uint64_t* at, float value, uint32_t layer) {
+    const uint64_t word = static_cast<uint64_t>(layer) << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(at), "l"(word) : "memory");
+}
+
+// COUNT pairs of words, the i-th at at(i), where exists(i); waits until all are of the layer.
+template <int COUNT, typename At, typename Exists>
+__device__ __forceinline__ void gather(float2 (&to)[COUNT], uint32_t layer, At&& at, Exists&& exists) {
+    Words words[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) words[i] = {0, 0};
+    bool again = true;
+#pragma unroll 1
+    while (again) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            if (exists(i) && !words[i].are_of(layer)) words[i].read(at(i));
+        }
+        again = false;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) again = again || (exists(i) && !words[i].are_of(layer));
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) to[i] = words[i].values();
+}
+
+// --- the ring: slots with two barriers each, one of which opens when a stage is whole, the other when it is done with
+
+__device__ __forceinline__ void bar_init(uint32_t bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(bar), "r"(count) : "memory");
+}
+// To be seen by copies too; a barrier of the block must follow.
+__device__ __forceinline__ void bars_are_there() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+__device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
+    asm volatile(
+        "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra again;\n}\n"
+        : : "r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" : : "r"(bar) : "memory");
+}
+// The one arrival, and so many bytes to come.
+__device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" : : "r"(bar), "r"(bytes) : "memory");
+}
+
+struct Ring {
+    uint32_t bars, first;  // shared addresses
+    int count, bytes, slot = 0;
+    uint32_t parity = 0;
+
+    __device__ Ring(const void* bars, const void* behind, int count, int bytes)  // behind: a little before the first slot
+        : bars(shared_address(bars)), first((shared_address(behind) + kSlotAlign - 1) / kSlotAlign * kSlotAlign), count(count),
+          bytes(bytes) {}
+    __device__ __forceinline__ uint32_t whole(int of) const { return bars + 16 * of; }
+    __device__ __forceinline__ uint32_t done(int of) const { return bars + 16 * of + 8; }
+    __device__ __forceinline__ uint32_t here() const { return first + slot * bytes; }
+    __device__ __forceinline__ void go_on() {
+        if (++slot == count) slot = 0, parity ^= 1;
+    }
+    // By warps that compute: until the stage is whole; where it is.
+    __device__ __forceinline__ uint32_t wait() const {
+        bar_wait(whole(slot), parity);
+        return here();
+    }
+    __device__ __forceinline__ void give_back(int of) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) bar_arrive(done(of));
+    }
+    __device__ __forceinline__ void leave() {
+        give_back(slot);
+        go_on();
+    }
+};
+
+// Where a unit of 16 bytes of a row of UNITS lies in a box, as copies leave it: eight rows then meet no bank conflict.
+template <int UNITS>
+__device__ __forceinline__ int place_of(int row, int unit) {
+    const int moved = UNITS == 8 ? row % 8 : UNITS == 4 ? row / 2 % 4 : UNITS == 2 ? row / 4 % 2 : 0;
+    return row * 16 * UNITS + (unit ^ moved) * 16;
+}
+
+#endif
+
+}  // namespace token
+}  // namespace mamba

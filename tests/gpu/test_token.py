@@ -1,0 +1,96 @@
+"""A token of one row, which compute capability 9.0 runs in one kernel (``token.cu``): the sizes of published models, against
+the reference in float64. Elsewhere the same calls run as a chain, and must be right too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu.device import BF16, F16, F32, bits, needs_gpu
+from gpu.test_model import Call, Model
+from gpu.test_step import PATTERN
+
+pytestmark = needs_gpu
+
+# How many channels a block has follows from D: 16, 24, 32, 40 or 64 where there are 132 multiprocessors.
+MAMBA: list[dict[str, Any]] = [
+    {"d": 768, "D": 1536, "R": 48},
+    {"d": 1024, "D": 2048, "R": 64},
+    {"d": 1536, "D": 3072, "R": 96},
+    {"d": 2048, "D": 4096, "R": 128},
+    {"d": 2560, "D": 5120, "R": 160},
+    {"d": 4096, "D": 8192, "R": 256, "norm_eps": 1e-6},  # Falcon-Mamba
+]
+MAMBA2: list[dict[str, Any]] = [
+    {"d": 1024, "H": 32},
+    {"d": 1536, "H": 48},
+    {"d": 2048, "H": 64},
+    {"d": 2560, "H": 80},
+    {"d": 2048, "H": 128, "P": 32},
+]
+OTHERS: list[dict[str, Any]] = [
+    {"d": 768, "D": 1536, "bias": True, "tied": False},
+    {"d": 768, "D": 1536, "R": 16},
+    {"d": 2048, "H": 64, "bias": True, "tied": False, "skip": "HP"},
+    {"d": 1024, "H": 32, "gate": False, "skip": ""},
+    {"d": 1024, "H": 128, "P": 16},
+    {"d": 1536, "H": 48, "layers": 41},  # more than one table of layers
+]
+CASES = [*MAMBA, *MAMBA2, *OTHERS]
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["two-buffers", "one-buffer"])
+@pytest.mark.parametrize(("T", "S"), [(F16, F32), (BF16, F32), (F16, F16), (BF16, BF16)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_reference(case: dict[str, Any], T: torch.dtype, S: torch.dtype, same: bool) -> None:
+    Call(Model(T, 1, 1, S, **{"layers": 2} | case), same=same).run()
+
+
+@pytest.mark.parametrize("case", [MAMBA[4], MAMBA2[3], OTHERS[0]], ids=str)
+def test_a_row_of_length_0_keeps_its_state(case: dict[str, Any]) -> None:
+    model = Model(F16, 1, 1, layers=2, **case)
+    model.seq_lens[:] = 0
+    call = Call(model)
+    call.launch()
+    torch.cuda.synchronize()
+    for before, after in zip(model.layers, call.layers, strict=True):
+        for name in ("conv_state", "ssm_state"):
+            assert torch.equal(bits(before[name]), bits(after[f"{name}_out"].cpu()))
+
+
+@pytest.mark.parametrize("case", [MAMBA[0], MAMBA[4], MAMBA2[0], MAMBA2[3]], ids=str)
+def test_large_values_stay_in_range(case: dict[str, Any]) -> None:
+    """What a norm divides by later may be out of float16's range before."""
+    model = Model(F16, 1, 1, layers=1, **case)
+    if "H" in case:
+        model.layers[0]["D"] *= 1e3
+    model.embedding *= 100
+    Call(model).run()
+
+
+@pytest.mark.parametrize("case", [MAMBA[0], MAMBA[4], MAMBA2[0], MAMBA2[3]], ids=str)
+def test_replays_are_bit_identical(case: dict[str, Any]) -> None:
+    """Whatever the workspace holds, numbers of a token before or of another model among it."""
+    call, other = Call(Model(F16, 1, 1, layers=3, **case)), Call(Model(F16, 1, 1, layers=5, seed=1, **case))
+    for one in (call, other):
+        one.workspace = torch.full((max(call.needed, other.needed),), PATTERN, dtype=torch.uint8, device="cuda")
+    other.workspace = call.workspace
+    call.launch()
+    torch.cuda.synchronize()
+    wanted = [out.clone() for out in call.outputs()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        other.launch()
+        call.launch()
+        call.launch()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for i in range(300):
+        call.workspace.fill_(i % 256)
+        for out in call.outputs():
+            out.fill_(float("nan"))
+        graph.replay()
+        for out, want in zip(call.outputs(), wanted, strict=True):
+            different += (bits(out) != bits(want)).any()
+    assert different.item() == 0, f"{different.item()} outputs of 300 replays differ"
