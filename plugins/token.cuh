@@ -23,7 +23,7 @@
 namespace mamba {
 namespace token {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
 __device__ __forceinline__ void multiply_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, __half) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"

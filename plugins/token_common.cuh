@@ -75,7 +75,7 @@ struct Channels {
     static constexpr int gate_norm = dt_bias + (MAMBA2 ? kOfHeads : 4 * OWN), states = gate_norm;
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
 // v, but what follows from it is not found ahead of a loop, where it would take registers.
 __device__ __forceinline__ int not_ahead(int v) {

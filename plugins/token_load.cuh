@@ -7,7 +7,7 @@
 namespace mamba {
 namespace token {
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
 // Stages on their way at once. More would only queue, and every read between blocks behind them: step.txt, 44.
 constexpr int kStagesAhead = 3;

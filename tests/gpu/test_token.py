@@ -1,5 +1,5 @@
-"""A token of one row, which compute capability 9.0 runs in one kernel (``token.cu``): the sizes of published models, against
-the reference in float64. Elsewhere the same calls run as a chain, and must be right too.
+"""A token of one row, which compute capability 9.0 runs in one kernel (``token.cu``): the sizes of published models,
+against the reference in float64. Elsewhere the same calls run as a chain, and must be right too.
 """
 
 from __future__ import annotations
