@@ -9,7 +9,7 @@ namespace token {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// Stages on their way at once. More would only queue, and every read between blocks behind them: step.txt, 44.
+// Stages on their way at once. More would only queue, and every read between blocks behind them: step.txt, 45.
 constexpr int kStagesAhead = 3;
 
 template <bool MAMBA2, int UNITS>
