@@ -54,6 +54,12 @@ __device__ __forceinline__ float exp2_approx(float v) {
     return out;
 }
 
+// v, but what is computed from it is computed here, not ahead of a loop: there it would take dozens of registers.
+__device__ __forceinline__ int not_ahead(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 // log(1 + e^v) to full relative precision, also where it is tiny: log1p(e) is e times a polynomial fitted on [0, 1]

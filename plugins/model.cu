@@ -36,21 +36,17 @@ MambaHead head(const MambaModel& c, const float* hidden) {
 struct Buffers {
     float* hidden[2];  // [B, d]
     void *projected, *low, *y, *part;  // [B, M], [B, R + 2 N] and [B, D] T; the workspace of a part
-    size_t bytes = 0;
+    size_t bytes;
 
     Buffers(const MambaModel& c, void* workspace) {
-        char* const start = static_cast<char*>(workspace);
-        const auto take = [&](int64_t width, int64_t item) {
-            void* const place = start + bytes;
-            bytes += workspace_bytes(ceil_div(c.batch * width * item, 4));
-            return place;
-        };
+        Room room{workspace};
+        const auto take = [&](int64_t width, int64_t item) { return room.take(c.batch * width * item); };
         for (float*& stream : hidden) stream = static_cast<float*>(take(c.width, 4));
         projected = take(c.outputs, item_bytes(c.dtype));
         low = take(is_mamba2(c) ? 0 : c.rank + 2 * c.state_size, item_bytes(c.dtype));
         y = take(c.inner, item_bytes(c.dtype));
-        part = start + bytes;
-        bytes += of_parts(c);
+        part = room.take(of_parts(c));
+        bytes = room.bytes;
     }
 
     static size_t of_parts(const MambaModel& c) {

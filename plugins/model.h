@@ -19,6 +19,19 @@ bool is_token(const MambaModel& call);
 size_t token_workspace(const MambaModel& call);
 cudaError_t token_of_row(const MambaModel& call, void* workspace, cudaStream_t stream);
 
+// Takes places of a workspace, one after the other, each at a multiple of 256 bytes.
+struct Room {
+    void* start;
+    size_t bytes = 0;
+
+    explicit Room(void* start) : start(start) {}
+    void* take(int64_t count) {
+        void* const place = static_cast<char*>(start) + bytes;
+        bytes += static_cast<size_t>(ceil_div(count, 256) * 256);
+        return place;
+    }
+};
+
 inline bool is_mamba2(const MambaModel& c) { return c.heads > 0; }
 
 // The parts of a step between the products, as calls.

@@ -54,9 +54,8 @@ MambaSsdScan ssd_scan(const MambaModel& m) {
     return a;
 }
 
-// Of the workspace, from an address on; each at a multiple of 256 bytes.
-struct Buffers {
-    uintptr_t end;
+// What the calls leave to each other.
+struct Buffers : Room {
     void* blas;
     float* hidden;     // [B, L, d]
     float* sums;       // [kSums, B, d], where out_proj comes in several
@@ -68,13 +67,7 @@ struct Buffers {
     void *x, *B, *C;   // dense copies, where there are any
     void* scan;
 
-    void* take(int64_t bytes) {
-        void* const taken = reinterpret_cast<void*>(end);
-        end += ceil_div(bytes, 256) * 256;
-        return taken;
-    }
-
-    Buffers(const MambaModel& m, uintptr_t start) : end(start) {
+    Buffers(const MambaModel& m, void* workspace) : Room(workspace) {
         const int64_t tokens = tokens_of(m), row = tokens * item_bytes(m.dtype);
         blas = take(blas::kWorkspace);
         hidden = static_cast<float*>(take(4 * tokens * m.width));
@@ -112,7 +105,7 @@ template <typename T>
 class Prompt {
   public:
     Prompt(const MambaModel& m, void* workspace, cudaStream_t stream)
-        : m_(m), at_(m, reinterpret_cast<uintptr_t>(workspace)), products_(m.dtype, at_.blas, blas_bytes(m), stream),
+        : m_(m), at_(m, workspace), products_(m.dtype, at_.blas, blas_bytes(m), stream),
           stream_(stream) {}
 
     cudaError_t run() {
@@ -301,7 +294,7 @@ class Prompt {
 
 }  // namespace
 
-size_t prompt_workspace(const MambaModel& call) { return is_valid(call) ? Buffers(call, 0).end : 0; }
+size_t prompt_workspace(const MambaModel& call) { return is_valid(call) ? Buffers(call, nullptr).bytes : 0; }
 
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream) {
     if (!is_valid(call) || call.each == nullptr || workspace == nullptr) return cudaErrorInvalidValue;

@@ -39,11 +39,14 @@ __device__ __forceinline__ int row_length(const MambaSsdScan& a, int b) {
 }
 
 // Not fmaxf and fminf, which would swallow a NaN.
+__device__ __forceinline__ float within(float v, float least, float most) {
+    v = v < least ? least : v;
+    return v > most ? most : v;
+}
+
 __device__ __forceinline__ float step_size(const MambaSsdScan& a, float dt, float bias) {
-    float v = dt + bias;
-    if (a.dt_softplus) v = softplus(v);
-    v = v < a.dt_min ? a.dt_min : v;
-    return v > a.dt_max ? a.dt_max : v;
+    const float v = dt + bias;
+    return within(a.dt_softplus ? softplus(v) : v, a.dt_min, a.dt_max);
 }
 
 // run(states as their type): a copy of its code for each of the three.

@@ -86,12 +86,6 @@ struct ChunkShared {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-// v, but what is computed from it is computed here, not ahead of a loop: there it would take dozens of registers.
-__device__ __forceinline__ int not_ahead(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
-
 template <typename T>
 struct IsHalf { static constexpr bool value = false; };
 template <>

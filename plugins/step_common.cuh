@@ -32,6 +32,21 @@ __device__ __forceinline__ float sum_of_warp(float v) {
 
 #ifndef MAMBA_KERNELS_ONLY
 
+#if CUDART_VERSION >= 11080
+template <typename... Parameters>
+cudaError_t launch_with(cudaLaunchAttribute* attributes, unsigned count, void (*kernel)(Parameters...), dim3 grid,
+                        dim3 threads, size_t shared, cudaStream_t stream, Parameters... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = count;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+#endif
+
 // A launch of clusters of `cluster` blocks along x; `early`, where compute capability is 9.0, lets the kernel start early.
 template <typename... Parameters>
 cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, int cluster, bool early,
@@ -42,14 +57,8 @@ cudaError_t launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 threads,
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = threads;
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = !early ? 0 : cluster == 1 ? 1 : 2;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
+    return launch_with(
+        attributes, !early ? 0 : cluster == 1 ? 1 : 2, kernel, grid, threads, shared, stream, arguments...);
 #else
     kernel<<<grid, threads, shared, stream>>>(arguments...);
     return cudaGetLastError();

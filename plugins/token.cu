@@ -92,24 +92,20 @@ bool are_aligned(const MambaModel& c) {
 // Takes places in the workspace, from its start on; words are side by side.
 struct Workspace {
     TokenLayer* each;
-    size_t words = 0, words_end = 0, bytes = 0;
+    size_t words, words_end, bytes;
 
     Workspace(Token& a, int blocks, void* workspace) {
-        char* const start = static_cast<char*>(workspace);
-        const auto take = [&](int64_t count, int64_t item) {
-            void* const place = start + bytes;
-            bytes += workspace_bytes(ceil_div(count * item, 4));
-            return place;
-        };
-        const auto take_words = [&](int64_t count) { return static_cast<uint64_t*>(take(count, 8)); };
-        a.each = each = static_cast<TokenLayer*>(take(a.layers, sizeof(TokenLayer)));
-        words = bytes;
+        Room room{workspace};
+        const auto take_words = [&](int64_t count) { return static_cast<uint64_t*>(room.take(8 * count)); };
+        a.each = each = static_cast<TokenLayer*>(room.take(a.layers * sizeof(TokenLayer)));
+        words = room.bytes;
         a.low_parts = take_words(ceil_div(a.low, a.own_low) * blocks * a.own_low);
         a.lows = take_words(a.low);
         a.parts = take_words(int64_t{blocks} * blocks * a.part);
         a.stream = take_words(a.width);
-        words_end = bytes;
-        a.hidden = static_cast<float*>(take(a.width, 4));
+        words_end = room.bytes;
+        a.hidden = static_cast<float*>(room.take(4 * a.width));
+        bytes = room.bytes;
     }
 };
 
@@ -177,14 +173,7 @@ cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
     cudaLaunchAttribute together{};
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = a.inner / (8 * UNITS);
-    config.blockDim = token::kThreads + 32;
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &together;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, a);
+    return launch_with(&together, 1, kernel, a.inner / (8 * UNITS), token::kThreads + 32, shared, stream, a);
 }
 
 template <typename T, bool MAMBA2>

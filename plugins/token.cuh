@@ -25,17 +25,6 @@ namespace token {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-__device__ __forceinline__ void multiply_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, __half) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b));
-}
-__device__ __forceinline__ void multiply_8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, __nv_bfloat16) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b));
-}
-
 // A product's left operand are 16 columns of weights, and all eight columns of the right one are the same vector: a lane has
 // any of eight equal values of a column's sum. Lanes with lane % 4 below 2 have all 16 between them.
 __device__ __forceinline__ bool has_column(int lane) { return lane % 4 < 2; }
@@ -175,7 +164,7 @@ struct Layers {
                 uint32_t w[4];
                 load_matrices_transposed(w, at + k * 2 * kBoxColumns);
                 const int i = k + lane % 4 * 2;
-                multiply_8(sum, w[0], w[1], i < a.own_width ? two_at(x + i) : 0, T{});
+                multiply_add_8<T>(sum, w[0], w[1], i < a.own_width ? two_at(x + i) : 0);
             }
             ring.leave();
             put_low(c + 16 * warp + column_of(lane), value_of(sum, lane));
@@ -293,8 +282,8 @@ struct Layers {
                 for (int s = 0; s < 2; s++) {
 #pragma unroll
                     for (int g = 0; g < kGroups; g++) {
-                        multiply_8(sums[2 * g], w[s][g][0], w[s][g][1], values[s], T{});
-                        multiply_8(sums[2 * g + 1], w[s][g][2], w[s][g][3], values[s], T{});
+                        multiply_add_8<T>(sums[2 * g], w[s][g][0], w[s][g][1], values[s]);
+                        multiply_add_8<T>(sums[2 * g + 1], w[s][g][2], w[s][g][3], values[s]);
                     }
                 }
             }
@@ -391,9 +380,7 @@ struct Layers {
         const int of_head = head - first_channel() / a.head_dim / 4 * 4;
         float delta = low[a.low - a.heads + head];
         if (at.dt_bias != nullptr) delta += of_held<float>(Held::dt_bias, of_head);
-        delta = softplus(delta);
-        delta = delta < a.dt_min ? a.dt_min : delta;  // not fmaxf, which would swallow a NaN
-        delta = delta > a.dt_max ? a.dt_max : delta;
+        delta = ssd::within(softplus(delta), a.dt_min, a.dt_max);
         const float decay = expf(delta * of_held<float>(Held::A, of_head)), x = own.x[mine], drive = delta * x;
         const Pack<float, 4> B = load<float, 4>(low + 4 * lane), C = load<float, 4>(low + kStates + 4 * lane);
         const char* const states = generic(ring.wait());
@@ -445,8 +432,8 @@ struct Layers {
             const bool both = k + 1 < UNITS;
             uint32_t w[4];
             load_matrices_transposed(w, at + (8 * k + (both ? lane / 16 * 8 : 0)) * 2 * kBoxColumns);
-            multiply_8(sum, w[0], w[1], x_own[k], T{});
-            if (both) multiply_8(other, w[2], w[3], x_own[k + 1], T{});
+            multiply_add_8<T>(sum, w[0], w[1], x_own[k]);
+            if (both) multiply_add_8<T>(other, w[2], w[3], x_own[k + 1]);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] += other[i];

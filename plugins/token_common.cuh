@@ -77,12 +77,6 @@ struct Channels {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// v, but what follows from it is not found ahead of a loop, where it would take registers.
-__device__ __forceinline__ int not_ahead(int v) {
-    asm volatile("" : "+r"(v));
-    return v;
-}
-
 // --- exchange: a word is a float and, above it, the number of its layer, from 1 on
 
 struct Words {
