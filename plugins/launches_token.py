@@ -15,7 +15,7 @@ from mamba_deploy.plugins.structs import MambaHead, MambaLayer
 
 __all__ = ["is_token", "token_of_row", "workspace_bytes"]
 
-_WARPS, _IN_ROWS, _COLUMNS, _BOX_COLUMNS = 16, 128, 256, 64
+_WARPS, _IN_ROWS, _COLUMNS, _BOX_COLUMNS = 16, 256, 256, 64
 _MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN, _SHARED = 32, 128, 4096, 80, 1024, 227 << 10
 _UNITS = (2, 3, 4, 5, 8)  # of 8 channels of a block, for which there are kernels
 _TABLE_LAYERS, _TABLE_BLOCKS, _TABLE_THREADS = 40, 128, 256
@@ -168,7 +168,7 @@ def _ring_begin(a: _Token) -> int:
 
 def _own_bytes(own: int) -> int:
     """Of static shared memory: as Own."""
-    floats = _WARPS * (2 * own + 64 + 1) + 4 * own
+    floats = _WARPS * (own + 64 + 1) + 4 * own
     return 8 * 2 * _MOST_SLOTS + 4 * floats + 2 * (own + _COLUMNS)
 
 
@@ -202,7 +202,7 @@ def _fill(to: _TokenLayer, layer: Any, c: Any, a: _Token, own: int, encode: Call
         to.low = encoded(layer.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, _BOX_COLUMNS)
     else:
         to.low = encoded(layer.x_proj, c.inner, a.low, own, _BOX_COLUMNS)
-        to.dt = encoded(layer.dt_proj, c.rank, c.inner, _IN_ROWS, own)
+        to.dt = encoded(layer.dt_proj, c.rank, c.inner, c.rank, own)
 
 
 def _encoded(encode: Callable[..., int], dtype: int, weights: int, size: tuple[int, int], box: tuple[int, int]) -> Any:

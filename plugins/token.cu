@@ -157,7 +157,7 @@ bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaL
         return map(to.low, l.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, token::kBoxColumns);
     }
     return map(to.low, l.x_proj, c.inner, a.low, own, token::kBoxColumns) &&
-           map(to.dt, l.dt_proj, c.rank, c.inner, token::kInRows, own);
+           map(to.dt, l.dt_proj, c.rank, c.inner, c.rank, own);
 }
 
 // All blocks run at once, or the launch is refused.

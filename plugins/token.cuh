@@ -1,10 +1,9 @@
 // One row's token through all layers in one kernel: MambaModel without its head, for compute capability 9.0.
 //
 // A block, alone on its multiprocessor, has some channels of every layer. Their columns of in_proj, their rows of out_proj
-// and their states meet no other block, so a layer of Mamba has four exchanges between blocks, one of Mamba-2 as many, of
-// which two are hidden behind in_proj:
-//     x, normed by every block   -> own columns of in_proj, convolution
-//     own rows of x_proj         -> sums over blocks -> dt's input, B and C, for all
+// and their states meet no other block, so a layer has four exchanges between blocks, of which two pass behind in_proj:
+//     x, normed by every block -> own columns of in_proj for x, convolution
+//     own rows of x_proj       -> sums over blocks -> dt's input, B and C, for all, while every block has own columns for z
 //     (Mamba-2: own rows of in_proj's columns for B, C and dt, before the own columns)
 //     scan of own channels, own rows of out_proj -> sums over blocks -> x of the next layer, for all
 // What is exchanged passes through the L2 cache in words of a float and the number of its layer. Who needs a word waits for
@@ -55,7 +54,8 @@ __device__ __forceinline__ float convolve(const T* filter, const T* before, floa
 // compiler would keep of that from one to another costs registers.
 template <typename T, bool MAMBA2, int UNITS>
 struct Layers {
-    static constexpr int kOwn = 8 * UNITS, kPairs = kMostWidth / 2 / kThreads;  // kPairs: of x, of a thread
+    static constexpr int kOwn = 8 * UNITS, kTiles = (UNITS + 1) / 2;  // kTiles: of 16 own columns
+    static constexpr int kPairs = kMostWidth / 2 / kThreads;          // of x, of a thread
     static constexpr int kStates = MAMBA2 ? 128 : 16;  // of a channel
     using Held = Channels<kOwn, MAMBA2>;
 
@@ -159,12 +159,14 @@ struct Layers {
         for (int c = 0; c < a.low; c += kColumns) {
             const uint32_t at = ring.wait() + warp / 4 * of_box + place_of<8>(lane % 8, warp % 4 * 2 + lane / 8 % 2);
             float sum[4] = {};
+            if (c + 16 * warp < a.low) {
 #pragma unroll 1
-            for (int k = 0; k < a.own_width; k += 8) {
-                uint32_t w[4];
-                load_matrices_transposed(w, at + k * 2 * kBoxColumns);
-                const int i = k + lane % 4 * 2;
-                multiply_add_8<T>(sum, w[0], w[1], i < a.own_width ? two_at(x + i) : 0);
+                for (int k = 0; k < a.own_width; k += 8) {
+                    uint32_t w[4];
+                    load_matrices_transposed(w, at + k * 2 * kBoxColumns);
+                    const int i = k + lane % 4 * 2;
+                    multiply_add_8<T>(sum, w[0], w[1], i < a.own_width ? two_at(x + i) : 0);
+                }
             }
             ring.leave();
             put_low(c + 16 * warp + column_of(lane), value_of(sum, lane));
@@ -253,80 +255,100 @@ struct Layers {
 
     // --- own channels
 
-    // A warp has 8 rows of a stage. Two stages at once, so that one waits where the other computes.
-    __device__ __forceinline__ void in_proj() {
-        constexpr int kGroups = (UNITS + 1) / 2;  // of four units of 8 columns
+    // A warp's share of the sums of own columns of x or z, by stages `from` to `end`: it has 16 rows of each. Two at once, so
+    // that one waits where the other computes.
+    __device__ __forceinline__ void add_stages(float (&sums)[kTiles][4], int from, int end) {
         const int thread = here(), lane = thread % 32, warp = thread / 32;
-        float sums[2 * kGroups][4] = {};
-        int place[kGroups];
+        const T* x = x_in + from * kInRows + 16 * warp + lane % 4 * 2;
+        int place[kTiles];
 #pragma unroll
-        for (int g = 0; g < kGroups; g++) {
-            const int unit = min(4 * g + lane / 8, 2 * UNITS - 1), half = unit / UNITS;
-            place[g] = half * (2 * kInRows * kOwn) + place_of<UNITS>(8 * warp + lane % 8, unit - half * UNITS);
+        for (int t = 0; t < kTiles; t++) {
+            place[t] = place_of<UNITS>(16 * warp + lane / 16 * 8 + lane % 8, min(2 * t + lane / 8 % 2, UNITS - 1));
         }
-        const T* x = x_in + 8 * warp + lane % 4 * 2;
-        int k = 0;
-        const auto run = [&](int end) {
 #pragma unroll 1
-            for (; k < end; k += 2 * kInRows, x += 2 * kInRows) {
-                uint32_t w[2][kGroups][4], values[2];
+        for (; from + 2 <= end; from += 2, x += 2 * kInRows) add_at_once<2>(sums, place, x);
+        if (from < end) add_at_once<1>(sums, place, x);
+    }
+
+    template <int COUNT>
+    __device__ __forceinline__ void add_at_once(float (&sums)[kTiles][4], const int (&place)[kTiles], const T* x) {
+        uint32_t w[COUNT][kTiles][4], values[COUNT][2];
 #pragma unroll
-                for (int s = 0; s < 2; s++) {
-                    const uint32_t slot = ring.wait();
-                    values[s] = two_at(x + s * kInRows);
+        for (int s = 0; s < COUNT; s++) {
+            const uint32_t slot = ring.wait();
+            values[s][0] = two_at(x + s * kInRows), values[s][1] = two_at(x + s * kInRows + 8);
 #pragma unroll
-                    for (int g = 0; g < kGroups; g++) load_matrices_transposed(w[s][g], slot + place[g]);
-                    ring.leave();
-                }
-#pragma unroll
-                for (int s = 0; s < 2; s++) {
-#pragma unroll
-                    for (int g = 0; g < kGroups; g++) {
-                        multiply_add_8<T>(sums[2 * g], w[s][g][0], w[s][g][1], values[s]);
-                        multiply_add_8<T>(sums[2 * g + 1], w[s][g][2], w[s][g][3], values[s]);
-                    }
-                }
-            }
-        };
-        if (MAMBA2) {  // by then other blocks' shares are there
-            run(a.width / 3 / (2 * kInRows) * (2 * kInRows));
-            sum_low();
+            for (int t = 0; t < kTiles; t++) load_matrices_transposed(w[s][t], slot + place[t]);
+            ring.leave();
         }
-        run(a.width);
-        if (has_column(lane)) {
 #pragma unroll
-            for (int t = 0; t < UNITS; t++) own.partial[warp][16 * t + column_of(lane)] = value_of(sums[t], lane);
+        for (int s = 0; s < COUNT; s++) {
+#pragma unroll
+            for (int t = 0; t < kTiles; t++) multiply_add<T>(sums[t], w[s][t], values[s][0], values[s][1]);
         }
+    }
+
+    __device__ __forceinline__ void put_partial(const float (&sums)[kTiles][4]) const {
+        const int thread = here(), lane = thread % 32;
+        if (!has_column(lane)) return;
+#pragma unroll
+        for (int t = 0; t < kTiles; t++) {
+            const int c = 16 * t + column_of(lane);
+            if (c < kOwn) own.partial[thread / 32][c] = value_of(sums[t], lane);
+        }
+    }
+    __device__ __forceinline__ float sum_of_partial(int c) const {
+        float v = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) v += own.partial[w][c];
+        return v;
+    }
+
+    __device__ __forceinline__ void in_proj_x() {
+        using At = Filters<kOwn>;
+        float sums[kTiles][4] = {};
+        add_stages(sums, 0, a.width / kInRows);
+        put_partial(sums);
+        const char* const at = generic(ring.wait());
+        meet();
+        const int c = here();
+        if (c < kOwn) {
+            const MambaLayer& of = layers[l];
+            const float in_bias = of.in_proj_bias != nullptr ? to_float(reinterpret_cast<const T*>(at + At::in_bias)[c]) : 0.0f;
+            const float bias = of.conv_bias != nullptr ? to_float(reinterpret_cast<const T*>(at + At::conv_bias)[c]) : 0.0f;
+            const float v = convolve(reinterpret_cast<const T*>(at + At::filter) + 4 * c,
+                                     reinterpret_cast<const T*>(at + At::before) + 3 * c, bias,
+                                     from_float<T>(in_bias + sum_of_partial(c)),
+                                     static_cast<T*>(of.conv_state_out) + 3 * (first_channel() + c), used);
+            own.x[c] = v;
+            own.x_in[c] = from_float<T>(v);
+        }
+        ring.leave();
+        meet();
+    }
+
+    // Between its stages some blocks add what all have put by then. The last threads finish it: the first go on to get_low().
+    __device__ __forceinline__ void in_proj_z() {
+        const int stages = a.width / kInRows, before = MAMBA2 ? 0 : stages / 3;
+        float sums[kTiles][4] = {};
+        if (!MAMBA2) add_stages(sums, 0, before);
+        sum_low();
+        add_stages(sums, before, stages);
+        put_partial(sums);
         held = generic(ring.wait());
         held_slot = ring.slot;
         ring.go_on();
         meet();
-    }
-
-    __device__ __forceinline__ void convolve_own() {
-        const int thread = here(), c = thread % kOwn;
-        if (thread < 2 * kOwn) {
-            float v = layers[l].in_proj_bias != nullptr ? to_float(of_held<T>(Held::in_bias, thread)) : 0.0f;
-#pragma unroll
-            for (int w = 0; w < kWarps; w++) v += own.partial[w][thread];
-            v = rounded<T>(v);
-            if (thread / kOwn == (MAMBA2 ? 1 : 0)) {
-                const float bias = layers[l].conv_bias != nullptr ? to_float(of_held<T>(Held::conv_bias, c)) : 0.0f;
-                v = convolve(reinterpret_cast<const T*>(held + Held::filter) + 4 * c,
-                             reinterpret_cast<const T*>(held + Held::before) + 3 * c, bias, from_float<T>(v),
-                             static_cast<T*>(layers[l].conv_state_out) + 3 * (first_channel() + c), used);
-                own.x[c] = v;
-                own.x_in[c] = from_float<T>(v);
-            } else {
-                own.gate[c] = silu(v);
-            }
+        const int c = here() - (kThreads - kOwn);
+        if (c >= 0) {
+            const float bias = layers[l].in_proj_bias != nullptr ? to_float(of_held<T>(Held::in_bias, c)) : 0.0f;
+            own.gate[c] = silu(rounded<T>(bias + sum_of_partial(c)));
         }
-        meet();
     }
 
     // dt's own projection: a warp has 16 channels and a share of the rows. Then four lanes a channel.
     __device__ __forceinline__ void scan_mamba() {
-        constexpr int kTiles = (UNITS + 1) / 2, kShares = kWarps / kTiles;
+        constexpr int kShares = kWarps / kTiles;
         const int thread = here(), lane = thread % 32, warp = thread / 32;
         const uint32_t slot = ring.wait();
         if (warp < kTiles * kShares) {
@@ -522,15 +544,13 @@ struct Layers {
         for (; l < a.layers; l++) {
             get_x();
             if (MAMBA2) low_of_x();
-            in_proj();
-            convolve_own();
+            in_proj_x();
+            if (!MAMBA2) low_of_channels();
+            in_proj_z();
+            get_low();
             if (MAMBA2) {
-                get_low();
                 scan_mamba2();
             } else {
-                low_of_channels();
-                sum_low();
-                get_low();
                 scan_mamba();
             }
             out_proj();

@@ -8,7 +8,7 @@ namespace mamba {
 namespace token {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps;  // that compute; one more warp brings what they need
-constexpr int kInRows = 128;                        // of in_proj, of a stage
+constexpr int kInRows = 256;                        // of in_proj, of a stage: of own columns of x or of z
 constexpr int kColumns = 256, kBoxColumns = 64;     // of x_proj and out_proj, of a stage, which comes in boxes
 constexpr int kMostSlots = 32, kMostBlocks = 128, kMostWidth = 4096;
 constexpr int kSlotAlign = 1024;  // of shared addresses, which decide where swizzled rows lie
@@ -48,7 +48,7 @@ struct Token {
 template <typename T, int OWN>
 struct Own {
     uint64_t bars[2 * kMostSlots];
-    float partial[kWarps][2 * OWN], sums[kWarps][64], squares[kWarps];
+    float partial[kWarps][OWN], sums[kWarps][64], squares[kWarps];
     float x[OWN], gate[OWN], y[OWN], y_squared[OWN];
     T x_in[OWN], dt_in[kColumns];
 };
@@ -64,13 +64,19 @@ struct Places {
     }
 };
 
-// A stage of what the block's channels have besides weights of products; where each begins. Of Mamba-2's values of heads
-// it has some neighbouring ones, from a multiple of four on, and its states are a stage of their own.
+// What the block's channels have besides weights of products is two stages, for no slot can be kept while z's columns pass;
+// where each value begins. First what x needs:
+template <int OWN>
+struct Filters {
+    static constexpr int filter = 0, before = filter + 8 * OWN, conv_bias = before + 6 * OWN, in_bias = conv_bias + 2 * OWN;
+};
+
+// Then z's bias and what the scan needs. Of Mamba-2's values of heads it has some neighbouring ones, from a multiple of four
+// on, and its states are a stage of their own.
 template <int OWN, bool MAMBA2>
 struct Channels {
     static constexpr int kHeads = 8, kOfHeads = 4 * kHeads;
-    static constexpr int filter = 0, before = filter + 8 * OWN, conv_bias = before + 6 * OWN, in_bias = conv_bias + 2 * OWN;
-    static constexpr int A = in_bias + 4 * OWN, skip = A + (MAMBA2 ? kOfHeads : 64 * OWN);
+    static constexpr int in_bias = 0, A = in_bias + 2 * OWN, skip = A + (MAMBA2 ? kOfHeads : 64 * OWN);
     static constexpr int dt_bias = skip + (4 * OWN > kOfHeads ? 4 * OWN : kOfHeads);
     static constexpr int gate_norm = dt_bias + (MAMBA2 ? kOfHeads : 4 * OWN), states = gate_norm;
 };

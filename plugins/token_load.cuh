@@ -14,7 +14,7 @@ constexpr int kStagesAhead = 3;
 
 template <bool MAMBA2, int UNITS>
 struct Loader {
-    static constexpr int kOwn = 8 * UNITS, kHalf = 2 * kInRows * kOwn;  // kHalf: bytes of a box of own columns
+    static constexpr int kOwn = 8 * UNITS;
     Ring ring;
     int behind = 0, stages = 0;
     uint32_t behind_parity = 0;
@@ -65,6 +65,28 @@ struct Loader {
         }
     }
 
+    // Own columns of x, or of z.
+    __device__ __forceinline__ void columns(const Token& a, const TensorMap& map, bool of_z) {
+        const int first = blockIdx.x * kOwn + (of_z != MAMBA2 ? a.inner : 0);
+#pragma unroll 1
+        for (int k = 0; k < a.width; k += kInRows) {
+            stage(2 * kInRows * kOwn, [&](uint32_t to) { box(to, map, first, k); });
+        }
+    }
+
+    static __device__ __forceinline__ int have(const void* p, int bytes) { return p != nullptr ? bytes : 0; }
+
+    __device__ __forceinline__ void filters(const Token& a, const MambaLayer& l) {
+        using At = Filters<kOwn>;
+        const int64_t first = blockIdx.x * kOwn;
+        stage(14 * kOwn + have(l.conv_bias, 2 * kOwn) + have(l.in_proj_bias, 2 * kOwn), [&](uint32_t to) {
+            line(to + At::filter, l.conv_weight, 8 * first, 8 * kOwn);
+            line(to + At::before, l.conv_state, 6 * first, 6 * kOwn);
+            line(to + At::conv_bias, l.conv_bias, 2 * first, 2 * kOwn);
+            line(to + At::in_bias, l.in_proj_bias, 2 * (first + (MAMBA2 ? a.inner : 0)), 2 * kOwn);
+        });
+    }
+
     __device__ __forceinline__ void channels(const Token& a, const MambaLayer& l) {
         using At = Channels<kOwn, MAMBA2>;
         const int64_t first = blockIdx.x * kOwn;
@@ -72,16 +94,11 @@ struct Loader {
         const int head = MAMBA2 ? static_cast<int>(first) / a.head_dim / 4 * 4 : 0;
         const int of_heads = 4 * min(At::kHeads, a.heads - head), of_skip = MAMBA2 && !a.skip_per_channel ? of_heads : 4 * kOwn;
         const int64_t skip_at = MAMBA2 && !a.skip_per_channel ? 4 * head : 4 * first;
-        const auto have = [](const void* p, int bytes) { return p != nullptr ? bytes : 0; };
-        int bytes = 14 * kOwn + have(l.conv_bias, 2 * kOwn) + have(l.in_proj_bias, 4 * kOwn) + have(l.D, of_skip);
+        int bytes = have(l.in_proj_bias, 2 * kOwn) + have(l.D, of_skip);
         bytes += MAMBA2 ? of_heads + have(l.dt_bias, of_heads) + have(l.gate_norm, 4 * kOwn)
                         : 64 * kOwn + have(l.dt_bias, 4 * kOwn) + states;
         stage(bytes, [&](uint32_t to) {
-            line(to + At::filter, l.conv_weight, 8 * first, 8 * kOwn);
-            line(to + At::before, l.conv_state, 6 * first, 6 * kOwn);
-            line(to + At::conv_bias, l.conv_bias, 2 * first, 2 * kOwn);
-            line(to + At::in_bias, l.in_proj_bias, 2 * first, 2 * kOwn);
-            line(to + At::in_bias + 2 * kOwn, l.in_proj_bias, 2 * (a.inner + first), 2 * kOwn);
+            line(to + At::in_bias, l.in_proj_bias, 2 * (first + (MAMBA2 ? 0 : a.inner)), 2 * kOwn);
             line(to + At::skip, l.D, skip_at, of_skip);
             if (MAMBA2) {
                 line(to + At::A, l.A, 4 * head, of_heads);
@@ -103,22 +120,14 @@ struct Loader {
             const TokenLayer& maps = a.each[l];
             see(maps.in), see(maps.low), see(maps.out);
             if (MAMBA2) some_rows(maps.low, 2 * a.inner, a.low, blockIdx.x * a.own_width, (a.own_width + 7) / 8 * 8);
-#pragma unroll 1
-            for (int k = 0; k < a.width; k += kInRows) {
-                stage(2 * kHalf, [&](uint32_t to) {
-                    box(to, maps.in, own, k);
-                    box(to + kHalf, maps.in, a.inner + own, k);
-                });
-            }
+            columns(a, maps.in, false);
+            filters(a, layers[l]);
+            if (!MAMBA2) some_rows(maps.low, 0, a.low, own, kOwn);
+            columns(a, maps.in, true);
             channels(a, layers[l]);
             if (!MAMBA2) {
-                some_rows(maps.low, 0, a.low, own, kOwn);
                 see(maps.dt);
-                const bool two = a.rank > kInRows;
-                stage(two ? 2 * kHalf : kHalf, [&](uint32_t to) {
-                    box(to, maps.dt, own, 0);
-                    if (two) box(to + kHalf, maps.dt, own, kInRows);
-                });
+                stage(2 * a.rank * kOwn, [&](uint32_t to) { box(to, maps.dt, own, 0); });
             }
             some_rows(maps.out, 0, a.width, own, kOwn);
         }
