@@ -76,7 +76,7 @@ def token_of_row(c: Any, workspace: int, device: Device) -> list[Launch]:
     row = MambaHead(1, 1, c.width, c.vocab, c.dtype, c.eps, a.hidden, c.norm_weight, c.head, c.logits)
     return [
         *_tables(c, a, 8 * units, device.encode_map),
-        Launch("token.cuh", name, (_blocks(a),), (32 * (_WARPS + 1),), shared, (a,), cooperative=True),
+        Launch("token.cuh", name, (_blocks(a),), (32 * (_WARPS + 1),), shared, (a,), _cluster(units), True),
         *head(row, 0, device),
     ]
 
@@ -137,6 +137,11 @@ def _cut(c: Any, units: int) -> _Token:
     )  # fmt: skip
 
 
+def _cluster(units: int) -> int:
+    """Blocks of a cluster: as cluster_of."""
+    return 2 if units == 5 else 1
+
+
 def _blocks(a: _Token) -> int:
     return int(a.width // a.own_width)
 
@@ -168,8 +173,8 @@ def _ring_begin(a: _Token) -> int:
 
 def _own_bytes(own: int) -> int:
     """Of static shared memory: as Own."""
-    floats = _WARPS * (own + 64 + 1) + 4 * own
-    return 8 * 2 * _MOST_SLOTS + 4 * floats + 2 * (own + _COLUMNS)
+    floats = _WARPS * (own + 64 + 1) + 6 * own
+    return 8 * (2 * _MOST_SLOTS + 2) + 4 * floats + 2 * (own + _COLUMNS)
 
 
 # --- layers, with their tensor maps
@@ -196,7 +201,8 @@ def _fill(to: _TokenLayer, layer: Any, c: Any, a: _Token, own: int, encode: Call
         return _encoded(encode, c.dtype, weights, (columns, rows), (box_columns, box_rows))
 
     to.at = layer
-    to.in_ = encoded(layer.in_proj, c.width, c.outputs, _IN_ROWS, own)
+    cluster = _cluster(own // 8)
+    to.in_ = encoded(layer.in_proj, c.width, c.outputs, _IN_ROWS // cluster, cluster * own)
     to.out = encoded(layer.out_proj, c.inner, c.width, own, _BOX_COLUMNS)
     if c.heads:
         to.low = encoded(layer.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, _BOX_COLUMNS)

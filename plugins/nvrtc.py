@@ -166,20 +166,23 @@ def launch(launches: Sequence[Launch | Gemm], device: Device, stream: int) -> No
 
 
 def _configuration(one: Launch, grid: tuple[int, ...], threads: tuple[int, ...], stream: int) -> Any:
-    """How a kernel is launched that is cooperative or has clusters of blocks."""
+    """How a kernel is launched that is cooperative or has clusters of blocks, or both."""
     driver, _ = _bindings()
-    attribute, ids = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+    attributes, ids = [], driver.CUlaunchAttributeID
     if one.cooperative:
-        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        attribute.value.cooperative = 1
-    else:
-        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        size = attribute.value.clusterDim
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        attributes[-1].value.cooperative = 1
+    if one.cluster > 1:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attributes[-1].value.clusterDim
         size.x, size.y, size.z = one.cluster, 1, 1
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads
-    config.sharedMemBytes, config.hStream, config.numAttrs, config.attrs = one.shared, stream, 1, [attribute]
+    config.sharedMemBytes, config.hStream = one.shared, stream
+    config.numAttrs, config.attrs = len(attributes), attributes
     return config
 
 

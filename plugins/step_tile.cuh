@@ -47,10 +47,6 @@ inline __host__ __device__ bool is_together(const Linear& a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
-}
 // To the place of `to` in the shared memory of another block of the cluster.
 __device__ __forceinline__ void store_pair(float* to, int block, float first, float second) {
     asm volatile(
@@ -60,7 +56,6 @@ __device__ __forceinline__ void store_pair(float* to, int block, float first, fl
         : "memory");
 }
 #else  // a block is a cluster
-__device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
 __device__ __forceinline__ void store_pair(float* to, int, float first, float second) {
     *reinterpret_cast<float2*>(to) = make_float2(first, second);
 }

@@ -105,6 +105,16 @@ __device__ __forceinline__ void barrier_wait(int number, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" : : "r"(number), "r"(threads) : "memory");
 }
 
+// __syncthreads() for a cluster of blocks, which below compute capability 9.0 is a block.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+#else
+    __syncthreads();
+#endif
+}
+
 // As unpack() has them.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);

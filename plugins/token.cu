@@ -151,7 +151,8 @@ bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaL
         return make_map(encode, of, weights, c.dtype, rows, columns, box_rows, box_columns);
     };
     to.at = l;
-    if (!map(to.in, l.in_proj, c.width, c.outputs, token::kInRows, own)) return false;
+    const int cluster = token::cluster_of(own / 8);
+    if (!map(to.in, l.in_proj, c.width, c.outputs, token::kInRows / cluster, cluster * own)) return false;
     if (!map(to.out, l.out_proj, c.inner, c.width, own, token::kBoxColumns)) return false;
     if (is_mamba2(c)) {
         return map(to.low, l.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, token::kBoxColumns);
@@ -160,7 +161,7 @@ bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaL
            map(to.dt, l.dt_proj, c.rank, c.inner, c.rank, own);
 }
 
-// All blocks run at once, or the launch is refused.
+// All blocks run at once, those of a cluster side by side, or the launch is refused.
 template <typename T, bool MAMBA2, int UNITS>
 cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
     const auto kernel = token::token_kernel<T, MAMBA2, UNITS>;
@@ -170,10 +171,14 @@ cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
     const size_t shared = ring + a.slots * static_cast<size_t>(a.slot_bytes);
     const cudaError_t error = allow_shared(kernel, shared);
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute together{};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
-    return launch_with(&together, 1, kernel, a.inner / (8 * UNITS), token::kThreads + 32, shared, stream, a);
+    constexpr unsigned kCluster = token::cluster_of(UNITS);
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {kCluster, 1, 1};
+    const int blocks = a.inner / (8 * UNITS);
+    return launch_with(attributes, kCluster == 1 ? 1 : 2, kernel, blocks, token::kThreads + 32, shared, stream, a);
 }
 
 template <typename T, bool MAMBA2>

@@ -8,7 +8,8 @@
 //     scan of own channels, own rows of out_proj -> sums over blocks -> x of the next layer, for all
 // What is exchanged passes through the L2 cache in words of a float and the number of its layer. Who needs a word waits for
 // its number, so there is no barrier of the grid, and no word is written again before what follows from it has been read.
-// All sums have a fixed order.
+// All sums have a fixed order. Where blocks are clusters of two (cluster_of()), each has half of the inputs of both's x and z,
+// and sends the other's sums to its shared memory.
 //
 // One more warp brings weights to a ring in shared memory, up to a third of a layer ahead, and never pauses for an
 // exchange: that is what this kernel gains over one kernel for each part. samples/results/step.txt, 42 to 46, has what was
@@ -55,8 +56,9 @@ __device__ __forceinline__ float convolve(const T* filter, const T* before, floa
 template <typename T, bool MAMBA2, int UNITS>
 struct Layers {
     static constexpr int kOwn = 8 * UNITS, kTiles = (UNITS + 1) / 2;  // kTiles: of 16 own columns
-    static constexpr int kPairs = kMostWidth / 2 / kThreads;          // of x, of a thread
-    static constexpr int kStates = MAMBA2 ? 128 : 16;  // of a channel
+    static constexpr int kCluster = cluster_of(UNITS), kRows = kInRows / kCluster, kRowWarps = kWarps / kCluster;
+    static constexpr int kPairs = kMostWidth / 2 / kThreads;  // of x, of a thread
+    static constexpr int kStates = MAMBA2 ? 128 : 16;         // of a channel
     using Held = Channels<kOwn, MAMBA2>;
 
     const Token& a;
@@ -88,6 +90,7 @@ struct Layers {
     static __device__ __forceinline__ void meet() { barrier_wait(1, kThreads); }
     __device__ __forceinline__ uint32_t layer() const { return l + 1; }
     __device__ __forceinline__ int first_channel() const { return blockIdx.x * kOwn; }
+    static __device__ __forceinline__ int rank() { return blockIdx.x % kCluster; }  // in the cluster
     __device__ __forceinline__ const char* generic(uint32_t address) const {
         return shared + (address - shared_address(shared));
     }
@@ -255,18 +258,20 @@ struct Layers {
 
     // --- own channels
 
-    // A warp's share of the sums of own columns of x or z, by stages `from` to `end`: it has 16 rows of each. Two at once, so
-    // that one waits where the other computes.
+    // A warp's share of the sums of own columns of x or z, by stages `from` to `end`: it has 16 rows of each. In a cluster the
+    // first warps have the first block's columns. Two stages at once, so that one waits where the other computes.
     __device__ __forceinline__ void add_stages(float (&sums)[kTiles][4], int from, int end) {
         const int thread = here(), lane = thread % 32, warp = thread / 32;
-        const T* x = x_in + from * kInRows + 16 * warp + lane % 4 * 2;
+        const int row = 16 * (warp % kRowWarps), first_unit = warp / kRowWarps * UNITS;
+        const T* x = x_in + rank() * (a.width / kCluster) + from * kRows + row + lane % 4 * 2;
         int place[kTiles];
 #pragma unroll
         for (int t = 0; t < kTiles; t++) {
-            place[t] = place_of<UNITS>(16 * warp + lane / 16 * 8 + lane % 8, min(2 * t + lane / 8 % 2, UNITS - 1));
+            const int unit = first_unit + min(2 * t + lane / 8 % 2, UNITS - 1);
+            place[t] = place_of<kCluster * UNITS>(row + lane / 16 * 8 + lane % 8, unit);
         }
 #pragma unroll 1
-        for (; from + 2 <= end; from += 2, x += 2 * kInRows) add_at_once<2>(sums, place, x);
+        for (; from + 2 <= end; from += 2, x += 2 * kRows) add_at_once<2>(sums, place, x);
         if (from < end) add_at_once<1>(sums, place, x);
     }
 
@@ -276,7 +281,7 @@ struct Layers {
 #pragma unroll
         for (int s = 0; s < COUNT; s++) {
             const uint32_t slot = ring.wait();
-            values[s][0] = two_at(x + s * kInRows), values[s][1] = two_at(x + s * kInRows + 8);
+            values[s][0] = two_at(x + s * kRows), values[s][1] = two_at(x + s * kRows + 8);
 #pragma unroll
             for (int t = 0; t < kTiles; t++) load_matrices_transposed(w[s][t], slot + place[t]);
             ring.leave();
@@ -297,11 +302,29 @@ struct Layers {
             if (c < kOwn) own.partial[thread / 32][c] = value_of(sums[t], lane);
         }
     }
-    __device__ __forceinline__ float sum_of_partial(int c) const {
+    // Of column c of a block of the cluster, over the inputs of this one.
+    __device__ __forceinline__ float sum_of_partial(int block, int c) const {
         float v = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; w++) v += own.partial[w][c];
+        for (int w = 0; w < kRowWarps; w++) v += own.partial[block * kRowWarps + w][c];
         return v;
+    }
+
+    // To the other block its sums, of x (0) or z (1). It has read those of the layer before: x of this layer follows from them.
+    __device__ __forceinline__ void send_sums(int of) const {
+        const int c = here() - kThreads / 2;
+        if (kCluster == 1 || c < 0 || c >= kOwn) return;
+        const int other = rank() ^ 1;
+        send(shared_address(&own.sent[of][c]), shared_address(&own.sent_bars[of]), other, sum_of_partial(other, c));
+    }
+    // Of own column c over all inputs, by a thread each. The first lets the barrier count the next layer's bytes.
+    __device__ __forceinline__ float sum_of_own(int of, int c) const {
+        const float v = sum_of_partial(rank(), c);
+        if (kCluster == 1) return v;
+        const uint32_t bar = shared_address(&own.sent_bars[of]);
+        bar_wait_of_cluster(bar, l % 2);
+        if (c == 0) bar_expect(bar, sizeof(own.sent[of]));
+        return v + own.sent[of][c];
     }
 
     __device__ __forceinline__ void in_proj_x() {
@@ -311,6 +334,7 @@ struct Layers {
         put_partial(sums);
         const char* const at = generic(ring.wait());
         meet();
+        send_sums(0);
         const int c = here();
         if (c < kOwn) {
             const MambaLayer& of = layers[l];
@@ -318,7 +342,7 @@ struct Layers {
             const float bias = of.conv_bias != nullptr ? to_float(reinterpret_cast<const T*>(at + At::conv_bias)[c]) : 0.0f;
             const float v = convolve(reinterpret_cast<const T*>(at + At::filter) + 4 * c,
                                      reinterpret_cast<const T*>(at + At::before) + 3 * c, bias,
-                                     from_float<T>(in_bias + sum_of_partial(c)),
+                                     from_float<T>(in_bias + sum_of_own(0, c)),
                                      static_cast<T*>(of.conv_state_out) + 3 * (first_channel() + c), used);
             own.x[c] = v;
             own.x_in[c] = from_float<T>(v);
@@ -339,10 +363,11 @@ struct Layers {
         held_slot = ring.slot;
         ring.go_on();
         meet();
+        send_sums(1);
         const int c = here() - (kThreads - kOwn);
         if (c >= 0) {
             const float bias = layers[l].in_proj_bias != nullptr ? to_float(of_held<T>(Held::in_bias, c)) : 0.0f;
-            own.gate[c] = silu(rounded<T>(bias + sum_of_partial(c)));
+            own.gate[c] = silu(rounded<T>(bias + sum_of_own(1, c)));
         }
     }
 
@@ -565,6 +590,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) token_kernel(const Token a) 
     __shared__ Own<T, 8 * UNITS> own;
     char* const shared = reinterpret_cast<char*>(memory);
     const Places at(a);
+    constexpr bool kAlone = Layers<T, MAMBA2, UNITS>::kCluster == 1;
     const int thread = threadIdx.x;
     const Ring ring(own.bars, shared + at.ring, a.slots, a.slot_bytes);
     if (thread < a.slots) {
@@ -572,17 +598,28 @@ __global__ void __launch_bounds__(kThreads + 32, 1) token_kernel(const Token a) 
         bar_init(ring.done(thread), kWarps);
         bars_are_there();
     }
+    if (!kAlone && thread < 2) {
+        const uint32_t bar = shared_address(&own.sent_bars[thread]);
+        bar_init(bar, 1);
+        bars_are_there();
+        bar_expect(bar, sizeof(own.sent[0]));
+    }
     uint64_t* const layers = reinterpret_cast<uint64_t*>(shared + at.layers);
     constexpr int kPointers = sizeof(MambaLayer) / 8;
     for (int i = thread; i < a.layers * kPointers; i += kThreads + 32) {
         layers[i] = reinterpret_cast<const uint64_t*>(&a.each[i / kPointers].at)[i % kPointers];
     }
-    __syncthreads();
+    const auto meet = [] {
+        __syncwarp();
+        kAlone ? __syncthreads() : cluster_barrier();
+    };
+    meet();
     if (thread < kThreads) {
         Layers<T, MAMBA2, UNITS>(a, own, ring, shared, at).run();
     } else if (thread == kThreads) {
         Loader<MAMBA2, UNITS>(ring).run(a, reinterpret_cast<const MambaLayer*>(layers));
     }
+    if (!kAlone) meet();  // a block is there as long as the other may send to it
 }
 
 #else

@@ -8,11 +8,15 @@ namespace mamba {
 namespace token {
 
 constexpr int kWarps = 16, kThreads = 32 * kWarps;  // that compute; one more warp brings what they need
-constexpr int kInRows = 256;                        // of in_proj, of a stage: of own columns of x or of z
+constexpr int kInRows = 256;                        // of in_proj, of a stage of own columns of x or z; of a cluster's, fewer
 constexpr int kColumns = 256, kBoxColumns = 64;     // of x_proj and out_proj, of a stage, which comes in boxes
 constexpr int kMostSlots = 32, kMostBlocks = 128, kMostWidth = 4096;
 constexpr int kSlotAlign = 1024;  // of shared addresses, which decide where swizzled rows lie
 constexpr int kTableLayers = 40;  // that are an argument of a kernel, at most 32 KiB
+
+// Blocks of a cluster. Rows of 80 bytes, which 40 columns have, come slower than rows of 160: where that is a block's share of
+// x or z, two blocks take the columns of both, each for half of the inputs, and send each other sums.
+constexpr int cluster_of(int units) { return units == 5 ? 2 : 1; }
 
 // cuda.h's CUtensorMap, which NVRTC does not know.
 struct alignas(64) TensorMap {
@@ -47,9 +51,9 @@ struct Token {
 // What has a fixed place in shared memory; of the block's channels, if nothing else is said.
 template <typename T, int OWN>
 struct Own {
-    uint64_t bars[2 * kMostSlots];
+    uint64_t bars[2 * kMostSlots], sent_bars[2];
     float partial[kWarps][OWN], sums[kWarps][64], squares[kWarps];
-    float x[OWN], gate[OWN], y[OWN], y_squared[OWN];
+    float x[OWN], gate[OWN], y[OWN], y_squared[OWN], sent[2][OWN];  // sent: by the cluster's other block, of x and of z
     T x_in[OWN], dt_in[kColumns];
 };
 
@@ -172,7 +176,25 @@ struct Ring {
     }
 };
 
-// Where a unit of 16 bytes of a row of UNITS lies in a box, as copies leave it: eight rows then meet no bank conflict.
+// --- between the blocks of a cluster
+
+// To the place of `to` in another block's shared memory, and its bytes to the count of the barrier that is there at `bar`.
+__device__ __forceinline__ void send(uint32_t to, uint32_t bar, int block, float value) {
+    asm volatile(
+        "{\n .reg .b32 there, count;\n mapa.shared::cluster.u32 there, %0, %2;\n mapa.shared::cluster.u32 count, %1, %2;\n"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [count];\n}\n"
+        : : "r"(to), "r"(bar), "r"(block), "f"(value) : "memory");
+}
+// As bar_wait(), for what other blocks send.
+__device__ __forceinline__ void bar_wait_of_cluster(uint32_t bar, uint32_t parity) {
+    asm volatile(
+        "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        " @!p bra again;\n}\n"
+        : : "r"(bar), "r"(parity) : "memory");
+}
+
+// Where a unit of 16 bytes of a row of UNITS lies in a box, as copies leave it: eight rows then meet no bank
+// conflict, but for ten units, where two meet.
 template <int UNITS>
 __device__ __forceinline__ int place_of(int row, int unit) {
     const int moved = UNITS == 8 ? row % 8 : UNITS == 4 ? row / 2 % 4 : UNITS == 2 ? row / 4 % 2 : 0;

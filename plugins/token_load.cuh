@@ -14,7 +14,7 @@ constexpr int kStagesAhead = 3;
 
 template <bool MAMBA2, int UNITS>
 struct Loader {
-    static constexpr int kOwn = 8 * UNITS;
+    static constexpr int kOwn = 8 * UNITS, kCluster = cluster_of(UNITS);
     Ring ring;
     int behind = 0, stages = 0;
     uint32_t behind_parity = 0;
@@ -65,12 +65,14 @@ struct Loader {
         }
     }
 
-    // Own columns of x, or of z.
+    // Own columns of x, or of z; in a cluster all its columns, of the block's share of the inputs.
     __device__ __forceinline__ void columns(const Token& a, const TensorMap& map, bool of_z) {
-        const int first = blockIdx.x * kOwn + (of_z != MAMBA2 ? a.inner : 0);
+        constexpr int kRows = kInRows / kCluster;
+        const int first = blockIdx.x / kCluster * kCluster * kOwn + (of_z != MAMBA2 ? a.inner : 0);
+        const int inputs = a.width / kCluster, begin = blockIdx.x % kCluster * inputs;
 #pragma unroll 1
-        for (int k = 0; k < a.width; k += kInRows) {
-            stage(2 * kInRows * kOwn, [&](uint32_t to) { box(to, map, first, k); });
+        for (int k = 0; k < inputs; k += kRows) {
+            stage(2 * kInRows * kOwn, [&](uint32_t to) { box(to, map, first, begin + k); });
         }
     }
 

@@ -656,6 +656,7 @@ def test_one_rows_token_is_one_kernel_and_the_head(library, name):
                 assert len(tables) == (2 if layers == 64 else 1)
                 assert token.kernel == f"mamba::token::token_kernel<{T}, {str(call.heads > 0).lower()}, {units}>"
                 assert token.cooperative
+                assert token.cluster == (2 if units == 5 else 1)
                 assert token.arguments[0].hidden + 4 * call.width <= WORKSPACE + launches.workspace_bytes("model", call)
         for multiprocessors in (144, 114, 78, 64):
             device = DEVICES[0]._replace(multiprocessors=multiprocessors)
@@ -902,15 +903,20 @@ def test_a_launch_with_less_shared_memory_does_not_spoil_one_with_more(monkeypat
     assert len(modules) == 1
 
 
-def test_a_launch_is_cooperative_or_of_clusters():
+def test_a_launch_is_cooperative_or_of_clusters_or_both():
     driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
-    for given, name in (({"cooperative": True}, "COOPERATIVE"), ({"cluster": 4}, "CLUSTER_DIMENSION")):
-        one = Launch("a.cu", "mamba::kernel", (8,), (64,), 100, (), **given)
+    ids = driver.CUlaunchAttributeID
+    for cluster, cooperative in ((1, True), (4, False), (4, True)):
+        one = Launch("a.cu", "mamba::kernel", (8,), (64,), 100, (), cluster, cooperative)
         config = nvrtc._configuration(one, (8, 1, 1), (64, 1, 1), 0)
-        assert (config.gridDimX, config.blockDimX, config.sharedMemBytes, config.numAttrs) == (8, 64, 100, 1)
-        (attribute,) = config.attrs
-        assert attribute.id == getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
-        assert (attribute.value.cooperative if "cooperative" in given else attribute.value.clusterDim.x // 4) == 1
+        found = {attribute.id: attribute.value for attribute in config.attrs}
+        assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (8, 64, 100)
+        assert config.numAttrs == len(found) == (cluster > 1) + cooperative
+        if cooperative:
+            assert found[ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE].cooperative == 1
+        if cluster > 1:
+            size = found[ids.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION].clusterDim
+            assert (size.x, size.y, size.z) == (cluster, 1, 1)
 
 
 @pytest.mark.parametrize(
