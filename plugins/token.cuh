@@ -329,8 +329,13 @@ struct Layers {
 
     __device__ __forceinline__ void in_proj_x() {
         using At = Filters<kOwn>;
+        const int stages = a.width / kInRows, before = MAMBA2 ? 2 * stages / 3 : 0;
         float sums[kTiles][4] = {};
-        add_stages(sums, 0, a.width / kInRows);
+        if (MAMBA2) {  // by then all blocks have put their shares
+            add_stages(sums, 0, before);
+            sum_low();
+        }
+        add_stages(sums, before, stages);
         put_partial(sums);
         const char* const at = generic(ring.wait());
         meet();
@@ -351,12 +356,14 @@ struct Layers {
         meet();
     }
 
-    // Between its stages some blocks add what all have put by then. The last threads finish it: the first go on to get_low().
+    // The last threads finish it: the first go on to get_low().
     __device__ __forceinline__ void in_proj_z() {
         const int stages = a.width / kInRows, before = MAMBA2 ? 0 : stages / 3;
         float sums[kTiles][4] = {};
-        if (!MAMBA2) add_stages(sums, 0, before);
-        sum_low();
+        if (!MAMBA2) {
+            add_stages(sums, 0, before);
+            sum_low();
+        }
         add_stages(sums, before, stages);
         put_partial(sums);
         held = generic(ring.wait());
