@@ -36,9 +36,11 @@ from mamba_deploy.plugins.toolchain import (
     find_compiler,
     find_headers,
     gpu_architectures,
+    machine_architecture,
     ptx_architecture,
     runs_on,
 )
+from mamba_deploy.versions import release
 
 __all__ = [
     "KERNEL_SOURCES",
@@ -81,6 +83,7 @@ KERNEL_SOURCES = (
     "last_token.cu",
     "model.cu",
     "prompt.cu",
+    "rows.cu",
     "sample_token.cu",
     "selective_scan.cu",
     "ssd_scan.cu",
@@ -357,15 +360,12 @@ def _compile(
     (work / "rpath").write_text("-rpath=$ORIGIN\n", encoding="utf-8")  # in a file: nvcc hands arguments to a shell
     sources = dict.fromkeys([*KERNEL_SOURCES, *(name for library in product.libraries for name in library.sources)])
     threads = max(1, (os.cpu_count() or 1) // len(sources))
-    generate = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    if (newest := ptx_architecture(architectures)) is not None:
-        generate.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     common = [str(compiler.path), *_FLAGS, *_system_includes(compiler, headers), "-I", str(SOURCES)]
     shown = ", ".join(f"sm_{a}" for a in architectures)
     say(f"compiling {len(sources)} files for {shown} with nvcc {compiler.version}")
     jobs = []
     for source in sources:
-        cuda = [*generate, f"--threads={threads}"] if source.endswith(".cu") else []
+        cuda = [*_targets(source, compiler, architectures), f"--threads={threads}"] if source.endswith(".cu") else []
         jobs.append(_Job(source, [*common, *cuda, "-c", "-o", f"{source}.o", str(SOURCES / source)]))
     _run(jobs, work, say)
     for library in product.libraries:
@@ -374,6 +374,16 @@ def _compile(
         if not library.kernels:
             link += ["-cudart=none", product.libraries[0].file, "-Xlinker=@rpath"]
         _run([_Job(library.file, link)], work, say)
+
+
+def _targets(source: str, compiler: Compiler, architectures: Sequence[str]) -> list[str]:
+    """Machine code for each architecture, each once, and PTX for newer ones."""
+    cuda = release(compiler.version)
+    code = dict.fromkeys(machine_architecture(source, a, cuda) for a in architectures)
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in code]
+    if (newest := ptx_architecture(architectures)) is not None:
+        targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return targets
 
 
 def _system_includes(compiler: Compiler, headers: Headers | None) -> list[str]:

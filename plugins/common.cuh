@@ -180,9 +180,9 @@ inline int32_t item_bytes(int32_t dtype) { return dtype == MAMBA_FLOAT32 ? 4 : 2
 inline size_t workspace_bytes(int64_t floats) { return static_cast<size_t>(ceil_div(4 * floats, 256) * 256); }
 
 // What of the current device a launch depends on: the major compute capability that a kernel's code was made for, which is
-// less than the device's where the library holds but PTX of an older architecture; a block's shared memory, at most.
+// less than the device's own, where the library holds but PTX of an older architecture; a block's shared memory, at most.
 struct Device {
-    int index = 0, multiprocessors = 0, major = 0, shared_bytes = 0;
+    int index = 0, multiprocessors = 0, major = 0, own_major = 0, shared_bytes = 0;
 
     template <typename... Parameters>
     cudaError_t read(void (*kernel)(Parameters...)) {
@@ -197,6 +197,7 @@ struct Device {
         if (error == cudaSuccess) {
             error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
         }
+        if (error == cudaSuccess) error = cudaDeviceGetAttribute(&own_major, cudaDevAttrComputeCapabilityMajor, index);
         if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
         if (error != cudaSuccess) return error;
         major = attributes.ptxVersion / 10;

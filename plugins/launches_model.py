@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from mamba_deploy.plugins import launches_parts, launches_prompt, launches_token
+from mamba_deploy.plugins import launches_parts, launches_prompt, launches_rows, launches_token
 from mamba_deploy.plugins.launches_common import BYTES, ceil_div
 from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
 from mamba_deploy.plugins.nvrtc import Device, Launch
@@ -25,13 +25,14 @@ def model(call: Any, workspace: int, device: Device) -> list[Any]:
     """As the launcher in ``model.cu``: call is its struct, workspace an address."""
     if launches_token.is_token(call, device):
         return launches_token.token_of_row(call, workspace, device)
-    return (launches_prompt.prompt if _is_wide(call) else _chain)(call, workspace, device)
+    is_prompt = _is_wide(call) or launches_rows.is_rows(call, device)
+    return (launches_prompt.prompt if is_prompt else _chain)(call, workspace, device)
 
 
 def workspace_bytes(call: Any) -> int:
     """As ``mamba_model_workspace`` in C: enough for fewer tokens too, and for one of one row."""
     of_chain = max(_buffers(call, 0).bytes, launches_token.workspace_bytes(call))
-    if not _is_wide(call):
+    if not _is_wide(call) and not launches_rows.are_sizes(call):
         return of_chain
     one = type(call).from_buffer_copy(call)
     one.length = 1

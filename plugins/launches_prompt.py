@@ -7,18 +7,19 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any, NamedTuple
 
 from mamba_deploy.plugins import launches_parts as parts
-from mamba_deploy.plugins import launches_scan, launches_ssd
+from mamba_deploy.plugins import launches_rows, launches_scan, launches_ssd
 from mamba_deploy.plugins.cublas import LEAST_WORKSPACE_BYTES, WORKSPACE_BYTES
 from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
 from mamba_deploy.plugins.launches_conv import causal_conv1d
 from mamba_deploy.plugins.launches_pad import Copy, pad_launch
+from mamba_deploy.plugins.launches_rows import SUMS
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
 from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan
 
 __all__ = ["prompt", "workspace_bytes"]
 
 _PART_WARPS, _MOST_NORM_WARPS, _HELD_VALUES = 4, 32, 32
-_FEW_VALUES, _MANY_VALUES, _SUMS, _SPLIT_ROWS = 8, 4 << 20, 4, 128
+_FEW_VALUES, _MANY_VALUES, _SPLIT_ROWS = 8, 4 << 20, 128
 
 
 def prompt(call: Any, workspace: int, device: Device) -> list[Launch | Gemm]:
@@ -48,7 +49,7 @@ class _Buffers:
         row = c.batch * c.length * BYTES[c.dtype]
         self.blas = self._take(WORKSPACE_BYTES)
         self.hidden = self._take(4 * c.batch * c.length * c.width)
-        self.sums = self._take(4 * _SUMS * c.batch * c.width) if _has_sums(c) else 0
+        self.sums = self._take(4 * SUMS * c.batch * c.width) if _has_sums(c) else 0
         self.normal = self.y = self._take(row * max(c.width, c.inner))
         self.projected = self._take(row * c.outputs)
         self.convolved = self._take(row * c.channels)
@@ -70,7 +71,7 @@ class _Buffers:
 
 
 def _has_sums(c: Any) -> bool:
-    return bool(c.length == 1 and c.batch <= _SPLIT_ROWS and c.inner % (8 * _SUMS) == 0)
+    return bool(c.length == 1 and c.batch <= _SPLIT_ROWS and c.inner % (8 * SUMS) == 0)
 
 
 def _low_row(c: Any) -> int:
@@ -103,6 +104,7 @@ class _Prompt:
         self.c, self.at, self.device = c, _Buffers(c, workspace), device
         self.tokens, self.item, self.T = c.batch * c.length, BYTES[c.dtype], TYPES[c.dtype]
         self.blas = (self.at.blas, WORKSPACE_BYTES if self.tokens <= _SPLIT_ROWS else LEAST_WORKSPACE_BYTES)
+        self.by_rows = launches_rows.is_rows(c, device)
         self.found: list[Launch | Gemm] = []
 
     def run(self) -> list[Launch | Gemm]:
@@ -110,23 +112,14 @@ class _Prompt:
         self.found.append(parts.embed(c, at.hidden))
         for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
             self._norm_hidden(layer.norm_weight, False, i > 0)
-            self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
-            self._product(at.normal, c.width, c.width, layer.in_proj, c.outputs, at.projected, bool(layer.in_proj_bias))
-            x = at.projected + (c.inner if c.heads else 0) * self.item
-            conv = MambaCausalConv1d(
-                c.batch, c.length, c.channels, c.conv_width, c.dtype, 1, x, layer.conv_weight, layer.conv_bias,
-                layer.conv_state, c.seq_lens, x if c.length == 1 else at.convolved, layer.conv_state_out,
-            )  # fmt: skip
-            self.found += causal_conv1d(conv, 0, self.device, c.outputs)
+            self._in_proj(layer)
             if c.length == 1:
                 self._step(layer)
             elif c.heads:
                 self._second(layer)
             else:
                 self._first(layer)
-            out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
-            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, *self.blas, _SUMS if at.sums else 1))
-            self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
+            self._out_proj(layer)
         last = not c.all_logits
         self._norm_hidden(c.norm_weight, last, True)
         rows = c.batch if last else self.tokens
@@ -135,6 +128,20 @@ class _Prompt:
         return self.found
 
     # --- the parts of a layer
+
+    def _in_proj(self, layer: Any) -> None:
+        c, at = self.c, self.at
+        if self.by_rows:
+            self.found.append(launches_rows.in_proj(c, layer, at.normal, at.projected, self.device))
+            return
+        self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
+        self._product(at.normal, c.width, c.width, layer.in_proj, c.outputs, at.projected, bool(layer.in_proj_bias))
+        x = at.projected + (c.inner if c.heads else 0) * self.item
+        conv = MambaCausalConv1d(
+            c.batch, c.length, c.channels, c.conv_width, c.dtype, 1, x, layer.conv_weight, layer.conv_bias,
+            layer.conv_state, c.seq_lens, x if c.length == 1 else at.convolved, layer.conv_state_out,
+        )  # fmt: skip
+        self.found += causal_conv1d(conv, 0, self.device, c.outputs)
 
     def _first(self, layer: Any) -> None:
         c, at, item, row, N = self.c, self.at, self.item, _low_row(self.c), self.c.state_size
@@ -173,6 +180,15 @@ class _Prompt:
         if c.heads and layer.gate_norm:
             sizes = (self.tokens, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
             self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, None, None, *sizes), self.T, self.item)
+
+    def _out_proj(self, layer: Any) -> None:
+        c, at = self.c, self.at
+        if self.by_rows:
+            self.found.append(launches_rows.out_proj(c, layer, at.y, at.sums, self.device))
+        else:
+            out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
+            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, *self.blas, SUMS if at.sums else 1))
+        self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
 
     def _scan_of(self, layer: Any) -> Any:
         a = _scan(self.c)

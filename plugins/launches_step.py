@@ -10,10 +10,21 @@ from typing import Any
 from mamba_deploy.plugins.launches_common import BYTES, TYPES, are_aligned, ceil_div, kernel_name
 from mamba_deploy.plugins.nvrtc import Device, Launch
 
-__all__ = ["head", "in_proj", "out_proj", "selective_update", "workspace_floats", "x_proj"]
+__all__ = [
+    "Linear",
+    "head",
+    "in_proj",
+    "is_together",
+    "out_proj",
+    "selective_update",
+    "workspace_floats",
+    "x_proj",
+]
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
+    """As in ``step_linear.cuh``."""
+
     _fields_ = [
         *((n, c_int32) for n in "batch inputs outputs x_stride groups conv_first conv_channels conv_width".split()),
         *((n, c_int32) for n in ("rows", "group_size", "by_16")),
@@ -32,7 +43,7 @@ _HEAD_THREADS, _HEAD_OUTPUTS = 256, 128  # of a block
 
 def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     """As the launcher in ``step.cu``: call is its struct, workspace an address. So are the next four."""
-    a = _Linear(
+    a = Linear(
         call.batch, call.width, call.outputs, call.width, 1, call.conv_first, call.channels, call.conv_width,
         eps=call.eps, x=call.hidden, weight=call.weight, bias=call.bias, norm_weight=call.norm_weight,
         conv_weight=call.conv_weight, conv_bias=call.conv_bias, conv_state=call.conv_state, seq_lens=call.seq_lens,
@@ -43,13 +54,13 @@ def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
 
 def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
-    a = _Linear(call.batch, call.channels, call.outputs, call.row, 1, x=call.x, weight=call.weight, y=call.y)
+    a = Linear(call.batch, call.channels, call.outputs, call.row, 1, x=call.x, weight=call.weight, y=call.y)
     return _linear(a, call.dtype, call.dtype, workspace, device)
 
 
 def out_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
-    a = _Linear(
+    a = Linear(
         call.batch, call.channels, call.width, call.channels, call.groups, eps=call.eps, x=call.x, weight=call.weight,
         bias=call.bias, norm_weight=call.norm_weight, residual=call.residual, y=call.y,
     )  # fmt: skip
@@ -60,7 +71,7 @@ def _shared_stride(inputs: int) -> int:
     return ceil_div(inputs, 64) * 64 + 16
 
 
-def _layout_bytes(a: _Linear, item: int, x_item: int, ring: int, warp_outputs: int) -> int:
+def _layout_bytes(a: Linear, item: int, x_item: int, ring: int, warp_outputs: int) -> int:
     """Of shared memory, up to 8 rows."""
     normed = a.norm_weight is not None
     scales = 4 * ceil_div(a.inputs, 4) * 4 + 64 * a.rows * a.groups if normed else 0
@@ -69,7 +80,7 @@ def _layout_bytes(a: _Linear, item: int, x_item: int, ring: int, warp_outputs: i
     return scales + raw + x + max(ring, 4 * a.rows * warp_outputs)
 
 
-def _most_rows(a: _Linear, device: Device, *sizes: int) -> int:
+def _most_rows(a: Linear, device: Device, *sizes: int) -> int:
     """Sets the most rows of a block whose x has room in shared memory; gives the bytes."""
     a.rows = min(a.batch, _COLUMNS)
     while _layout_bytes(a, *sizes) > device.shared_bytes:
@@ -77,25 +88,25 @@ def _most_rows(a: _Linear, device: Device, *sizes: int) -> int:
     return _layout_bytes(a, *sizes)
 
 
-def _complete(a: _Linear, x_item: int) -> None:
+def _complete(a: Linear, x_item: int) -> None:
     """Sets what follows from the sizes and addresses."""
     a.group_size = a.inputs // a.groups
     a.by_16 = not (a.x_stride * x_item % 16 or a.inputs * x_item % 16 or a.x % 16)
 
 
-def _norm_apart(a: _Linear, dtype: int, x_dtype: int, workspace: int) -> Launch:
+def _norm_apart(a: Linear, dtype: int, x_dtype: int, workspace: int) -> Launch:
     """The norm in a kernel of its own; changes ``a`` to read what that writes."""
     stride = ceil_div(a.inputs, 32) * 32
     a.rows = 1
     shared = _layout_bytes(a, BYTES[dtype], BYTES[x_dtype], 0, 0)
     name = kernel_name("step", "norm_kernel", TYPES[dtype], TYPES[x_dtype])
-    arguments = (_Linear.from_buffer_copy(a), c_void_p(workspace), c_int32(stride))
+    arguments = (Linear.from_buffer_copy(a), c_void_p(workspace), c_int32(stride))
     a.x, a.x_stride, a.norm_weight, a.groups = workspace, stride, None, 1
     _complete(a, BYTES[dtype])
     return Launch(_STEP, name, (a.batch,), (256,), shared, arguments)
 
 
-def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[Launch]:
+def _row_product(a: Linear, dtype: int, x_dtype: int, device: Device) -> list[Launch]:
     """Of a row or two and many inputs; else none."""
     if a.batch > _NORM_ROWS or a.inputs < (1536 if a.outputs > a.inputs else 3072):
         return []
@@ -111,7 +122,7 @@ def _row_product(a: _Linear, dtype: int, x_dtype: int, device: Device) -> list[L
     return [Launch("step_row.cuh", name, (ceil_div(pieces, lanes),), (_ROW_THREADS,), shared, (a, c_int32(lanes)))]
 
 
-def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
+def _linear(a: Linear, dtype: int, x_dtype: int, workspace: int, device: Device) -> list[Launch]:
     _complete(a, BYTES[x_dtype])
     of_few = _row_product(a, dtype, x_dtype, device)
     if of_few:
@@ -139,20 +150,20 @@ def _linear(a: _Linear, dtype: int, x_dtype: int, workspace: int, device: Device
 _TILE_THREADS, _TILE_INPUTS, _MOST_TILES = 512, 64, 5
 
 
-def _is_tile(a: _Linear, dtype: int, device: Device) -> bool:
+def _is_tile(a: Linear, dtype: int, device: Device) -> bool:
     if BYTES[dtype] != 2 or device.major < 8 or a.norm_weight is not None or not a.by_16 or a.batch <= _NORM_ROWS:
         return False
     return bool(a.batch > _COLUMNS or a.inputs >= 2048)
 
 
-def _is_together(a: _Linear) -> bool:
+def is_together(a: Linear) -> bool:
     """Whether 4 neighbouring outputs are read and written together, as all published models allow."""
     if a.conv_channels > 0 and not (a.conv_width == 4 and are_aligned(a, "conv_first conv_channels", 4)):
         return False
     return are_aligned(a, "bias residual y conv_weight conv_bias conv_state conv_state_out", 16)
 
 
-def _cuts(a: _Linear, tiles: int, of_head: bool, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
+def _cuts(a: Linear, tiles: int, of_head: bool, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
     """Of tiles with so many rows: cost, ROW_TILES, NT, the blocks that split the inputs, and shared memory."""
     stages, most = ceil_div(a.inputs, _TILE_INPUTS), 1 if of_head or device.major < 9 else 8
     pitch, rows, turns = 2 * _TILE_INPUTS + 16, 16 * tiles, 2 if tiles == 4 else 4
@@ -160,7 +171,7 @@ def _cuts(a: _Linear, tiles: int, of_head: bool, device: Device) -> Iterator[tup
         outputs = 32 * nt
         stage = (outputs * pitch if of_head else _TILE_INPUTS * (2 * outputs + 16)) + rows * pitch
         shared = max(stage * min(max((96 << 10) // stage, 4), 8), 4 * turns * rows * (outputs + 8))
-        if shared > device.shared_bytes or (nt == _MOST_TILES and not _is_together(a)):
+        if shared > device.shared_bytes or (nt == _MOST_TILES and not is_together(a)):
             return
         for split in (1, 2, 4, 8):
             if split > min(most, stages):
@@ -172,7 +183,7 @@ def _cuts(a: _Linear, tiles: int, of_head: bool, device: Device) -> Iterator[tup
             yield ceil_div(blocks, room) * moved, tiles, nt, split, shared
 
 
-def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
+def _tile(a: Linear, dtype: int, of_head: bool, device: Device) -> Launch:
     """The cut that leaves the fullest multiprocessor the fewest bytes to move, as in ``step.cu``."""
     row_tiles = (1, 2, 4)[: 1 + (a.batch > 16) + (a.batch > 32)]
     _, tiles, nt, split, shared = min(cut for tiles in row_tiles for cut in _cuts(a, tiles, of_head, device))
@@ -183,7 +194,7 @@ def _tile(a: _Linear, dtype: int, of_head: bool, device: Device) -> Launch:
 
 def head(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
-    a = _Linear(
+    a = Linear(
         call.batch, call.width, call.vocab, call.width, 1, eps=call.eps, x=call.hidden, weight=call.weight,
         norm_weight=call.norm_weight, y=call.y,
     )  # fmt: skip

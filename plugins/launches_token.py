@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
-from mamba_deploy.errors import PluginError
 from mamba_deploy.plugins.launches_common import TYPES, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_maps import MAP_ALIGN, TensorMap, encoded
 from mamba_deploy.plugins.launches_step import head
 from mamba_deploy.plugins.nvrtc import Device, Launch
 from mamba_deploy.plugins.structs import MambaHead, MambaLayer
@@ -20,20 +20,12 @@ _MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN, _SHARED = 32,
 _UNITS = (2, 3, 4, 5, 8)  # of 8 channels of a block, for which there are kernels
 _TABLE_LAYERS, _TABLE_BLOCKS, _TABLE_THREADS = 40, 128, 256
 
-# As cuda.h has them.
-_MAP_TYPES = (7, 6, 9)  # by the numbers of dtypes
-_INTERLEAVE_NONE, _L2_PROMOTION_128, _FILL_NONE = 0, 2, 0
-_SWIZZLES = {16: 1, 32: 2, 64: 3}  # by columns of a box; else none
-_MAP_ALIGN = 64
-
-_TensorMap = c_uint64 * 16
-
 
 class _TokenLayer(ctypes.Structure):
     _fields_ = [
         ("at", MambaLayer),
-        ("padding", c_uint8 * (-ctypes.sizeof(MambaLayer) % _MAP_ALIGN)),
-        *((name, _TensorMap) for name in ("in_", "low", "dt", "out")),
+        ("padding", c_uint8 * (-ctypes.sizeof(MambaLayer) % MAP_ALIGN)),
+        *((name, TensorMap) for name in ("in_", "low", "dt", "out")),
     ]
 
 
@@ -197,29 +189,15 @@ def _tables(c: Any, a: _Token, own: int, encode: Any) -> list[Launch]:
 
 
 def _fill(to: _TokenLayer, layer: Any, c: Any, a: _Token, own: int, encode: Callable[..., int]) -> None:
-    def encoded(weights: int, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
-        return _encoded(encode, c.dtype, weights, (columns, rows), (box_columns, box_rows))
+    def map_of(weights: int, rows: int, columns: int, box_rows: int, box_columns: int) -> Any:
+        return encoded(encode, c.dtype, weights, (columns, rows), (box_columns, box_rows))
 
     to.at = layer
     cluster = _cluster(own // 8)
-    to.in_ = encoded(layer.in_proj, c.width, c.outputs, _IN_ROWS // cluster, cluster * own)
-    to.out = encoded(layer.out_proj, c.inner, c.width, own, _BOX_COLUMNS)
+    to.in_ = map_of(layer.in_proj, c.width, c.outputs, _IN_ROWS // cluster, cluster * own)
+    to.out = map_of(layer.out_proj, c.inner, c.width, own, _BOX_COLUMNS)
     if c.heads:
-        to.low = encoded(layer.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, _BOX_COLUMNS)
+        to.low = map_of(layer.in_proj, c.width, c.outputs, ceil_div(a.own_width, 8) * 8, _BOX_COLUMNS)
     else:
-        to.low = encoded(layer.x_proj, c.inner, a.low, own, _BOX_COLUMNS)
-        to.dt = encoded(layer.dt_proj, c.rank, c.inner, c.rank, own)
-
-
-def _encoded(encode: Callable[..., int], dtype: int, weights: int, size: tuple[int, int], box: tuple[int, int]) -> Any:
-    """A map of weights of so many columns and rows in boxes, swizzled as place_of() of the kernel has it."""
-    room = (c_uint8 * (ctypes.sizeof(_TensorMap) + _MAP_ALIGN))()  # for ctypes aligns less than the driver wants
-    offset = -ctypes.addressof(room) % _MAP_ALIGN
-    code = encode(
-        ctypes.addressof(room) + offset, _MAP_TYPES[dtype], 2, weights, (c_uint64 * 2)(*size),
-        (c_uint64 * 1)(2 * size[0]), (c_uint32 * 2)(*box), (c_uint32 * 2)(1, 1), _INTERLEAVE_NONE,
-        _SWIZZLES.get(box[0], 0), _L2_PROMOTION_128, _FILL_NONE,
-    )  # fmt: skip
-    if code != 0:
-        raise PluginError(f"CUDA refused a tensor map: {code}")
-    return _TensorMap.from_buffer_copy(room, offset)
+        to.low = map_of(layer.x_proj, c.inner, a.low, own, _BOX_COLUMNS)
+        to.dt = map_of(layer.dt_proj, c.rank, c.inner, c.rank, own)

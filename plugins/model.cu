@@ -135,7 +135,7 @@ bool is_wide(const MambaModel& c) {
 int run(const MambaModel& c, void* workspace, cudaStream_t stream) {
     if (!is_valid(c)) return cudaErrorInvalidValue;
     if (is_token(c)) return token_of_row(c, workspace, stream);
-    return is_wide(c) ? prompt(c, workspace, stream) : chain(c, workspace, stream);
+    return is_wide(c) || is_rows(c) ? prompt(c, workspace, stream) : chain(c, workspace, stream);
 }
 
 // Enough for fewer tokens too: for one, where there are more; and for one of one row.
@@ -143,7 +143,7 @@ size_t workspace(const MambaModel& c) {
     const size_t of_chain = std::max(Buffers(c, nullptr).bytes, token_workspace(c));
     MambaModel one = c;
     one.length = 1;
-    return is_wide(c) ? std::max({of_chain, prompt_workspace(c), prompt_workspace(one)}) : of_chain;
+    return is_wide(c) || are_rows_sizes(c) ? std::max({of_chain, prompt_workspace(c), prompt_workspace(one)}) : of_chain;
 }
 
 }  // namespace

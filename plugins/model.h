@@ -13,6 +13,13 @@ bool are_sizes(const MambaModel& call);
 size_t prompt_workspace(const MambaModel& call);
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);
 
+// rows.cu: products of a token of some rows by its kernel, where they can be and are faster: in_proj with the convolution, and
+// out_proj in kSums sums [kSums, B, d] of as many inputs each. Whether a device can, is_rows() asks besides.
+bool are_rows_sizes(const MambaModel& call);
+bool is_rows(const MambaModel& call);
+cudaError_t rows_in_proj(const MambaModel& call, const MambaLayer& layer, const void* x, void* y, cudaStream_t stream);
+cudaError_t rows_out_proj(const MambaModel& call, const MambaLayer& layer, const void* x, float* sums, cudaStream_t stream);
+
 // token.cu: one row's token in one kernel, where that can be and is faster. The workspace is enough for it, whatever the
 // call's batch and length.
 bool is_token(const MambaModel& call);

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mamba_deploy.errors import PluginError, require
 from mamba_deploy.plugins import cublas
 from mamba_deploy.plugins.build import PRODUCTS, SOURCES, cache_folder, sources_hash
-from mamba_deploy.plugins.toolchain import find_cuda_headers
+from mamba_deploy.plugins.toolchain import find_cuda_headers, machine_architecture
 
 __all__ = ["Device", "Gemm", "Launch", "Program", "compile_kernel", "current_device", "launch"]
 
@@ -218,7 +218,8 @@ def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
     _, nvrtc = _bindings()
     version = _nvrtc_call(None, nvrtc.nvrtcVersion())
     code = _code_architecture(architecture)
-    target = f"sm_{code}" if code == architecture else f"compute_{code}"
+    machine = machine_architecture(source, str(code), version)
+    target = f"sm_{machine}" if code == architecture else f"compute_{code}"
     headers = find_cuda_headers()
     key = (_kernel_sources(), source, kernel, target, version, _OPTIONS)
     path = cache_folder() / "nvrtc" / hashlib.sha256(repr(key).encode()).hexdigest()

@@ -122,9 +122,7 @@ class Prompt {
         for (int i = 0; i < m_.layers && error == cudaSuccess; i++) {
             const MambaLayer& layer = m_.each[i];
             error = in_turn([&] { return norm_hidden(layer.norm_weight, false, i > 0); },
-                            [&] { return product(at_.normal, m_.width, layer.in_proj, layer.in_proj_bias, m_.outputs,
-                                                 at_.projected); },
-                            [&] { return convolution(layer); },
+                            [&] { return in_proj(layer); },
                             [&] {
                                 return m_.length == 1 ? step(layer) : is_mamba2(m_) ? second(layer) : first(layer);
                             },
@@ -141,6 +139,13 @@ class Prompt {
     }
 
     // --- the parts of a layer
+
+    cudaError_t in_proj(const MambaLayer& layer) const {
+        if (by_rows_) return rows_in_proj(m_, layer, at_.normal, at_.projected, stream_);
+        return in_turn([&] { return product(at_.normal, m_.width, layer.in_proj, layer.in_proj_bias, m_.outputs,
+                                            at_.projected); },
+                       [&] { return convolution(layer); });
+    }
 
     // Of a single token in place, where a step's scan reads it.
     cudaError_t convolution(const MambaLayer& layer) const {
@@ -214,8 +219,11 @@ class Prompt {
     cudaError_t out_proj(const MambaLayer& layer) const {
         const bool apart = at_.sums != nullptr;
         return in_turn(
-            [&] { return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
-                                        apart ? at_.sums : at_.hidden, true, !apart, apart ? kSums : 1}); },
+            [&] {
+                if (by_rows_) return rows_out_proj(m_, layer, at_.y, at_.sums, stream_);
+                return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
+                                      apart ? at_.sums : at_.hidden, true, !apart, apart ? kSums : 1});
+            },
             [&] { return bias<float, true>(layer.out_proj_bias, at_.hidden, m_.width); });
     }
 
@@ -289,6 +297,7 @@ class Prompt {
     const blas::Products products_;
     const cudaStream_t stream_;
     const int64_t tokens_ = tokens_of(m_);
+    const bool by_rows_ = is_rows(m_);
     Device device_;
 };
 

@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
             if (begin + i * step < a.width) weights[kEarly ? i : 0].load(a.weight + first + begin + i * step);
         }
     }
+    let_next_start();
     wait_for_previous();
     int64_t from = row;
     bool used = exists;

@@ -5,8 +5,7 @@
 
 // From here on a kernel's arguments may take the 28 KiB of a table.
 #if CUDART_VERSION >= 12010
-#include <cuda.h>
-
+#include "tensor_map.h"
 #include "token.cuh"
 #endif
 
@@ -17,11 +16,8 @@ namespace model {
 namespace {
 
 using token::LayerTable;
-using token::TensorMap;
 using token::Token;
 using token::TokenLayer;
-
-static_assert(sizeof(CUtensorMap) == sizeof(TensorMap), "TensorMap is CUtensorMap");
 
 constexpr int kUnits[] = {2, 3, 4, 5, 8};  // of 8 channels of a block, for which there are kernels
 constexpr int kTableBlocks = 128, kTableThreads = 256;
@@ -108,43 +104,6 @@ struct Workspace {
         bytes = room.bytes;
     }
 };
-
-// cuTensorMapEncodeTiled; null where the driver is too old for it, or for arguments of a table's size.
-using Encode = decltype(&cuTensorMapEncodeTiled);
-Encode find_encode() {
-    int version = 0;
-    if (cudaDriverGetVersion(&version) != cudaSuccess || version < 12010) return nullptr;
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
-#endif
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
-}
-
-Encode encode_of_driver() {
-    static const Encode found = find_encode();
-    return found;
-}
-
-// Weights [rows, columns] in boxes, whose rows are swizzled as place_of() has it.
-bool make_map(Encode encode, TensorMap& to, const void* weights, int32_t dtype, int rows, int columns, int box_rows,
-              int box_columns) {
-    const auto type = dtype == MAMBA_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t row_bytes[] = {2 * sizes[0]};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-    const auto swizzle = box_columns == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                         : box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                         : box_columns == 16 ? CU_TENSOR_MAP_SWIZZLE_32B
-                                             : CU_TENSOR_MAP_SWIZZLE_NONE;
-    return encode(reinterpret_cast<CUtensorMap*>(&to), type, 2, const_cast<void*>(weights), sizes, row_bytes, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaLayer& l, const Token& a, int own) {
     const auto map = [&](TensorMap& of, const void* weights, int rows, int columns, int box_rows, int box_columns) {

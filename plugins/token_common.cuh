@@ -1,8 +1,8 @@
 // What the two halves of token_kernel share: sizes, what blocks exchange, and the ring of weights between the halves.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "step_common.cuh"
-#include "tensor_core.cuh"
 
 namespace mamba {
 namespace token {
@@ -17,11 +17,6 @@ constexpr int kTableLayers = 40;  // that are an argument of a kernel, at most 3
 // Blocks of a cluster. Rows of 80 bytes, which 40 columns have, come slower than rows of 160: where that is a block's share of
 // x or z, two blocks take the columns of both, each for half of the inputs, and send each other sums.
 constexpr int cluster_of(int units) { return units == 5 ? 2 : 1; }
-
-// cuda.h's CUtensorMap, which NVRTC does not know.
-struct alignas(64) TensorMap {
-    uint64_t opaque[16];
-};
 
 struct TokenLayer {
     MambaLayer at;
@@ -128,24 +123,6 @@ __device__ __forceinline__ void gather(float2 (&to)[COUNT], uint32_t layer, At&&
 }
 
 // --- the ring: slots with two barriers each, one of which opens when a stage is whole, the other when it is done with
-
-__device__ __forceinline__ void bar_init(uint32_t bar, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(bar), "r"(count) : "memory");
-}
-// To be seen by copies too; a barrier of the block must follow.
-__device__ __forceinline__ void bars_are_there() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
-__device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
-    asm volatile(
-        "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra again;\n}\n"
-        : : "r"(bar), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void bar_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" : : "r"(bar) : "memory");
-}
-// The one arrival, and so many bytes to come.
-__device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" : : "r"(bar), "r"(bytes) : "memory");
-}
 
 struct Ring {
     uint32_t bars, first;  // shared addresses

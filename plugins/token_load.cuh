@@ -18,11 +18,9 @@ struct Loader {
     Ring ring;
     int behind = 0, stages = 0;
     uint32_t behind_parity = 0;
-    uint64_t policy;  // weights leave the L2 cache first: what blocks exchange is to stay
+    const uint64_t policy = evict_first();  // of weights: what blocks exchange is to stay in the L2 cache
 
-    __device__ explicit Loader(const Ring& ring) : ring(ring) {
-        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    }
+    __device__ explicit Loader(const Ring& ring) : ring(ring) {}
 
     // Calls fill(place), whose copies bring so many bytes.
     template <typename Fill>
@@ -37,10 +35,7 @@ struct Loader {
         ring.go_on();
     }
     __device__ __forceinline__ void box(uint32_t to, const TensorMap& map, int column, int row) const {
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
-            "[%4], %5;"
-            : : "r"(to), "l"(&map), "r"(column), "r"(row), "r"(ring.whole(ring.slot)), "l"(policy) : "memory");
+        copy_box(to, map, column, row, ring.whole(ring.slot), policy);
     }
     // Neighbouring bytes, a multiple of 16, or nothing.
     __device__ __forceinline__ void line(uint32_t to, const void* from, int64_t at, int bytes) const {

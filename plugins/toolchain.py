@@ -26,6 +26,7 @@ __all__ = [
     "find_cuda_headers",
     "find_headers",
     "gpu_architectures",
+    "machine_architecture",
     "ptx_architecture",
     "runs_on",
 ]
@@ -33,6 +34,7 @@ __all__ = [
 Interface = Literal["v2", "v3"]
 ARCHITECTURES = ("72", "75", "80", "86", "87", "89", "90", "100", "110", "120")  # where no GPU says otherwise
 _ROOT = Path("/")
+_OF_90A = ("rows.cu", "rows_product.cuh")  # a kernel with wgmma, by its launcher and by itself
 
 
 class Compiler(NamedTuple):
@@ -282,6 +284,11 @@ def choose_architectures(given: Sequence[str], compiler: Compiler) -> tuple[str,
             )
         found.add(number + match[3])
     return tuple(sorted(found, key=lambda a: (int(a.rstrip("af")), a)))
+
+
+def machine_architecture(source: str, architecture: str, cuda: tuple[int, ...]) -> str:
+    """What machine code of a file is made for: 90 lacks wgmma, which 90a has, known from CUDA 12.0 on."""
+    return "90a" if architecture == "90" and source in _OF_90A and cuda >= (12, 0) else architecture
 
 
 def ptx_architecture(architectures: Sequence[str]) -> str | None:

@@ -59,7 +59,7 @@ RUNTIME = r"""
 namespace {
 std::map<const void*, std::string>& names() { static std::map<const void*, std::string> of; return of; }
 int driver_version = 13000;
-int attributes[3];  // compute capability of the code, multiprocessors, shared memory
+int attributes[4];  // compute capability of the code, multiprocessors, shared memory, compute capability
 void (*record)(const char*, const unsigned*, size_t, void**);
 struct { dim3 grid, block; size_t shared; cudaStream_t stream; } pushed;
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** args, size_t shared, unsigned cluster = 1,
@@ -100,7 +100,7 @@ cudaError_t cudaGetDriverEntryPoint(const char* name, void** to, unsigned long l
 }
 void set_recorder(decltype(record) given, const int* of_device) {
     record = given;
-    for (int i = 0; i < 3; i++) attributes[i] = of_device[i];
+    for (int i = 0; i < 4; i++) attributes[i] = of_device[i];
 }
 void** __cudaRegisterFatBinary(void*) { static void* handle; return &handle; }
 void __cudaRegisterFatBinaryEnd(void**) {}
@@ -141,7 +141,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* functio
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) {  // one with other attributes is another
-    *device = (attributes[0] * 512 + attributes[1]) * 4096 + attributes[2] / 64;
+    *device = ((attributes[3] * 16 + attributes[0]) * 512 + attributes[1]) * 4096 + attributes[2] / 64;
     return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
@@ -154,6 +154,7 @@ cudaError_t cudaDeviceGetAttribute(int* to, cudaDeviceAttr which, int) {
     switch (which) {
         case cudaDevAttrMultiProcessorCount: *to = attributes[1]; return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *to = attributes[2]; return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor: *to = attributes[3]; return cudaSuccess;
         default: return cudaErrorInvalidValue;
     }
 }
@@ -227,7 +228,8 @@ def real_build(objects: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_compile", compile_and_keep)
         patch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path_factory.mktemp("real")))
-        patch.setenv("NVCC_APPEND_FLAGS", quick_compile.flag(compiler.version, "-Xcicc=-O0"))
+        own = "-Xcompiler=-fno-gnu-unique"  # a copy of the library shares no variable with it
+        patch.setenv("NVCC_APPEND_FLAGS", f"{quick_compile.flag(compiler.version, '-Xcicc=-O0')} {own}")
         newest = max((a for a in compiler.architectures if int(a) <= 90), key=int)
         return build.build(name, architectures=[newest], say=told.append), told
 
@@ -262,7 +264,9 @@ def of_driver(library: ctypes.CDLL, device: Device) -> Device:
 
 
 def test_real_sources_compile_without_a_warning(real_build):
-    assert [message for message in real_build[1][1:-1] if not message.endswith(": done")] == []
+    notes = r"ptxas info .*(?:wgmma|warpgroup)\..*\n?"  # where code is not optimised
+    said = [re.sub(notes, "", message) for message in real_build[1][1:-1]]
+    assert [message for message in said if not message.endswith((": done", ": "))] == []
 
 
 def test_real_libraries_export_the_launchers_and_ask_for_nothing_of_tensorrt(real_build):
@@ -501,6 +505,12 @@ def wanted_of(planned: Launch | Gemm) -> Any:
 SYMBOLS = {"prompt": "_ZN5mamba5model6promptERK10MambaModelPvP11CUstream_st"}
 
 
+def attributes_of(device: Device) -> Any:
+    """As the stand-in keeps them."""
+    numbers = (device.major, device.multiprocessors, device.shared_bytes, device.architecture // 10)
+    return (ctypes.c_int * 4)(*numbers)
+
+
 def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: list[Any]) -> list[Any]:
     """What the compiled launcher does, with as many bytes of each argument as the plan in Python has."""
     found: list[Any] = []
@@ -511,8 +521,7 @@ def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: 
         found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), *sizes[6:8], shared, values))
 
     recorder = Recorder(note)
-    attributes = (ctypes.c_int * 3)(device.major, device.multiprocessors, device.shared_bytes)
-    library.set_recorder(recorder, attributes)
+    library.set_recorder(recorder, attributes_of(device))
     products = ProductRecorder(lambda numbers: found.append(tuple(numbers[:NUMBERS])))
     library.cublas.set_recorder(products)
     function = getattr(library, SYMBOLS.get(op, f"mamba_{op}"))
@@ -706,13 +715,86 @@ def test_other_tokens_are_not_one_kernel(library, name, changed):
     assert not is_token(compare(library, call, device._replace(**of_device)))
 
 
+# Columns of a cluster for in_proj and out_proj, on 132 multiprocessors.
+ROWS = {
+    "mamba-130m": (64, 64),
+    "mamba-790m": (96, 96),
+    "mamba-1.4b": (128, 128),
+    "mamba-2.8b": (160, 160),
+    "mamba2-130m": (64, 64),
+    "mamba2-780m": (128, 96),
+    "mamba2-1.3b": (144, 128),
+    "mamba2-2.7b": (192, 160),
+}
+
+
+def of_rows(planned: list[Any]) -> list[str]:
+    return [p.kernel for p in planned if isinstance(p, Launch) and p.source == "rows_product.cuh"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
+    draw, workspace = random.Random(name), library.mamba_model_workspace
+    workspace.restype = ctypes.c_size_t
+    least = 3 if name.startswith("mamba2") or PUBLISHED[name][0] >= 2048 else 12
+    for batch in (2, 3, 11, 12, 64, 65, 128, 129):
+        for dtype, T in ((1, "__half"), (2, "__nv_bfloat16")):
+            call = a_token(name, draw, batch=batch, dtype=dtype)
+            planned = compare(library, call, of_driver(library, DEVICES[0]))
+            if least <= batch <= 128:
+                tiles = 1 if batch <= 64 else 2
+                kinds = [f"mamba::rows::rows_kernel<{T}, {columns}, {tiles}>" for columns in ROWS[name]]
+                assert of_rows(planned) == kinds * call.layers
+                assert sum(isinstance(p, Gemm) for p in planned) == 1  # the head
+            else:
+                assert of_rows(planned) == []
+            for device in (DEVICES[0], draw.choice(DEVICES[1:])):
+                device = device._replace(multiprocessors=draw.choice((16, 78, 144)))
+                compare(library, call, of_driver(library, device))
+            assert launches.workspace_bytes("model", call) == workspace(ctypes.byref(call))
+
+
+@pytest.mark.parametrize("name", ["mamba-1.4b", "mamba2-1.3b"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: value} for name, value in (("dtype", 0), ("conv_width", 3), ("batch", 129))),
+        {"width": 2048 + 64},
+        {"inner": 4096 + 256},
+        {"architecture": 100},  # code of 9.0 all the same
+        {"major": 8},
+        {"shared_bytes": 101376},
+        *({"misaligned": name} for name in "in_proj_bias conv_weight conv_bias conv_state conv_state_out".split()),
+    ],
+    ids=str,
+)
+def test_other_tokens_are_not_by_rows_kernel(library, name, changed):
+    device, draw = of_driver(library, DEVICES[0]), random.Random(name)
+    of_device = {key: changed[key] for key in device._fields if key in changed}
+    sizes = {key: changed[key] for key in ("dtype", "conv_width", "batch") if key in changed}
+    assert of_rows(launches.model(a_token(name, draw, batch=64), WORKSPACE, device))
+    call = a_token(name, draw, **{"batch": 64} | sizes)
+    call.width = changed.get("width", call.width)
+    if more := changed.get("inner", call.inner) - call.inner:
+        call.inner, call.channels, call.outputs = call.inner + more, call.channels + more, call.outputs + 2 * more
+        if call.heads:
+            call.head_dim, call.outputs = 32, call.outputs - call.heads + call.inner // 32
+            call.heads = call.inner // 32
+    if "misaligned" in changed:
+        setattr(call.kept[1], changed["misaligned"], (1 << 30) + 8)
+    assert not of_rows(compare(library, call, device._replace(**of_device)))
+
+
 @pytest.mark.parametrize("name", ["mamba-370m", "mamba2-1.3b"])
-def test_an_older_driver_gets_the_chain(library, objects, name):
+def test_an_older_driver_gets_what_needs_no_tensor_maps(library, objects, name):
     shutil.copy(objects / "liblaunchers.so", objects / f"{name}.so")
     old = ctypes.CDLL(str(objects / f"{name}.so"))  # for the driver is asked once
     old.cublas = library.cublas
     old.set_driver_version(12000)
-    assert not is_token(compare(old, a_token(name, random.Random(name)), DEVICES[0]))
+    draw = random.Random(name)
+    assert not is_token(compare(old, a_token(name, draw), DEVICES[0]))
+    for batch in (3, 64, 128):
+        assert not of_rows(compare(old, a_token(name, draw, batch=batch), DEVICES[0]))
 
 
 @pytest.mark.parametrize(
@@ -733,7 +815,7 @@ def test_the_launcher_of_sample_token_refuses(library, changed):
     for values, answer in ((given, 0), (given | changed, 1)):  # cudaErrorInvalidValue
         call = structs.MambaSampleToken(**values)
         recorder = Recorder(lambda *launched: None)
-        library.set_recorder(recorder, (ctypes.c_int * 3)(9, 132, 232448))
+        library.set_recorder(recorder, attributes_of(DEVICES[0]))
         assert library.mamba_sample_token(ctypes.byref(call), None, None) == answer
 
 
@@ -948,11 +1030,37 @@ def test_tensor_maps_need_a_driver_and_an_nvrtc_that_know_large_arguments(
         assert ctypes.cast(encode, ctypes.c_void_p).value == pointer
 
 
+@pytest.mark.parametrize(
+    ("version", "source", "architecture", "target"),
+    [
+        ((12, 0), "rows_product.cuh", 90, "sm_90a"),
+        ((13, 0), "rows_product.cuh", 90, "sm_90a"),
+        ((11, 8), "rows_product.cuh", 90, "sm_90"),
+        ((12, 6), "rows_product.cuh", 100, "compute_90"),
+        ((12, 6), "rows_product.cuh", 87, "sm_87"),
+        ((13, 0), "token.cuh", 90, "sm_90"),
+    ],
+)
+def test_what_wgmma_is_in_is_compiled_for_90a(monkeypatch, tmp_path, version, source, architecture, target):
+    def compile_it(source: str, kernel: str, target: str, headers: Path) -> nvrtc.Program:
+        return nvrtc.Program(kernel.encode(), target.encode())
+
+    compiler = SimpleNamespace(nvrtcResult=SimpleNamespace(NVRTC_SUCCESS=0), nvrtcVersion=lambda: (0, *version))
+    monkeypatch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "_bindings", lambda: (None, compiler))
+    monkeypatch.setattr(nvrtc, "_code_architecture", lambda architecture: min(architecture, 90))
+    monkeypatch.setattr(nvrtc, "find_cuda_headers", lambda: tmp_path)
+    monkeypatch.setattr(nvrtc, "_compile", compile_it)
+    assert nvrtc.compile_kernel(source, "mamba::kernel", architecture).code == target.encode()
+
+
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVRTC with an empty cache."""
+    """NVRTC with an empty cache, and in no mind to optimise."""
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs cuda-bindings: pip install 'mamba-deploy[nvrtc]'")
     monkeypatch.setenv("MAMBA_DEPLOY_CACHE", str(tmp_path))
+    version = ".".join(map(str, nvrtc._nvrtc_call(None, nvrtc._bindings()[1].nvrtcVersion())))
+    monkeypatch.setattr(nvrtc, "_OPTIONS", (*nvrtc._OPTIONS, quick_compile.flag(version, older="-lineinfo")))
 
 
 def test_what_is_launched_compiles(compiler, tmp_path):
@@ -982,6 +1090,16 @@ def test_one_rows_token_compiles(compiler, name):
     assert len(kernels_of_token) == 2
     for one in kernels_of_token:
         assert nvrtc.compile_kernel(one.source, one.kernel, 90).code.startswith(b"\x7fELF")
+
+
+def test_a_token_of_some_rows_compiles(compiler):
+    """With wgmma: without, the kernel is empty."""
+    device = DEVICES[0]._replace(encode_map=lambda *given: 0)
+    planned = launches.model(a_token("mamba-1.4b", random.Random(0), batch=64), WORKSPACE, device)
+    kernel = of_rows(planned)[0]
+    program = nvrtc.compile_kernel("rows_product.cuh", kernel, 90)
+    assert program.code.startswith(b"\x7fELF")
+    assert len(program.code) > 4 * len(nvrtc.compile_kernel("rows_product.cuh", kernel, 89).code)
 
 
 def test_a_gpu_newer_than_nvrtc_gets_ptx(compiler):

@@ -36,6 +36,7 @@ KERNELS = (
     "last_token.cu",
     "model.cu",
     "prompt.cu",
+    "rows.cu",
     "sample_token.cu",
     "selective_scan.cu",
     "ssd_scan.cu",
@@ -425,9 +426,10 @@ def test_kernels_are_compiled_for_each_architecture_and_linked(toolkit, sources)
     made = build.build("kernels", cuda=toolkit.folder, architectures=["sm_80", "sm_90"])
     assert toolkit.compiled == sorted(KERNELS)
     for call in toolkit.calls[:-1]:
+        hopper = "90a" if call[-1].endswith("/rows.cu") else "90"
         assert [a for a in call if a.startswith("-gencode")] == [
             "-gencode=arch=compute_80,code=sm_80",
-            "-gencode=arch=compute_90,code=sm_90",
+            f"-gencode=arch=compute_{hopper},code=sm_{hopper}",
             "-gencode=arch=compute_90,code=compute_90",
         ]
         assert {"-O3", "-std=c++17", "-Xcompiler=-fPIC,-Wall,-Wextra"} <= set(call)
@@ -438,6 +440,33 @@ def test_kernels_are_compiled_for_each_architecture_and_linked(toolkit, sources)
     assert made.path.read_text(encoding="utf-8").startswith("made by nvcc 12.6.85: -shared")
     assert made.path.name == "libmamba_kernels.so"
     assert made.path.is_relative_to(build.cache_folder())
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "expected"),
+    [
+        ("12.0.76", ["sm_90"], ["90a,code=sm_90a", "90,code=compute_90"]),
+        ("12.6.85", ["sm_90", "sm_90a"], ["90a,code=sm_90a", "90,code=compute_90"]),
+        ("12.6.85", ["sm_90a"], ["90a,code=sm_90a"]),
+        ("12.6.85", ["sm_87"], ["87,code=sm_87", "87,code=compute_87"]),
+        ("11.8.89", ["sm_90"], ["90,code=sm_90", "90,code=compute_90"]),
+    ],
+)
+def test_what_wgmma_is_in_is_compiled_for_90a(toolkit, sources, version, given, expected):
+    toolkit.install(version)
+    made = build.build("kernels", cuda=toolkit.folder, architectures=given)
+    assert made.architectures == tuple(name.removeprefix("sm_") for name in given)
+    (call,) = (call for call in toolkit.calls if call[-1].endswith("/rows.cu"))
+    assert [a for a in call if a.startswith("-gencode")] == [f"-gencode=arch=compute_{target}" for target in expected]
+
+
+def test_files_with_wgmma_are_those_compiled_for_90a():
+    files = [*build.SOURCES.glob("*.cu"), *build.SOURCES.glob("*.cuh")]
+    of_wgmma = {file.name for file in files if "wgmma.mma_async" in file.read_text(encoding="utf-8")}
+    launchers = {file.name for file in files for name in of_wgmma if f'#include "{name}"' in file.read_text("utf-8")}
+    assert {file.name for file in files if toolchain.machine_architecture(file.name, "90", (12, 0)) == "90a"} == (
+        of_wgmma | launchers
+    )
 
 
 def test_without_a_gpu_all_usual_architectures_are_compiled(toolkit, sources):
@@ -732,20 +761,21 @@ def test_progress_and_warnings_are_told(toolkit, sources):
     toolkit.when_writing("ssd_scan.cu.o", "print('ssd_scan.cu(3): warning: unused')")
     told: list[str] = []
     build.build("kernels", cuda=toolkit.folder, architectures=["sm_90"], say=told.append)
-    assert told[0] == "compiling 9 files for sm_90 with nvcc 12.6.85"
-    assert sorted(told[1:10]) == [
+    assert told[0] == "compiling 10 files for sm_90 with nvcc 12.6.85"
+    assert sorted(told[1:11]) == [
         "causal_conv1d.cu: done",
         "last_token.cu: done",
         "model.cu: done",
         "prompt.cu: done",
+        "rows.cu: done",
         "sample_token.cu: done",
         "selective_scan.cu: done",
         "ssd_scan.cu: ssd_scan.cu(3): warning: unused",
         "step.cu: done",
         "token.cu: done",
     ]
-    assert told[10] == "libmamba_kernels.so: done"
-    assert re.fullmatch(r"built in [\d.]+ s", told[11])
+    assert told[11] == "libmamba_kernels.so: done"
+    assert re.fullmatch(r"built in [\d.]+ s", told[12])
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -830,7 +860,7 @@ def test_command_builds_and_finds(toolkit, sources, tmp_path):
     assert done.exit_code == 0, done.output
     path = done.stdout.strip()
     assert path.endswith("/libmamba_plugin.so")
-    assert "compiling 11 files for sm_87, sm_90" in done.stderr
+    assert "compiling 12 files for sm_87, sm_90" in done.stderr
     assert command("path").stdout == f"{path}\n"
     register = str(Path(path).with_name("libmamba_plugin_register.so"))
     assert json.loads(command("path", "--library", "register", "--json").stdout) == {
@@ -1001,7 +1031,7 @@ def strings(*texts: str) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
 
 
-HOST = ("model.cu", "prompt.cu", "token.cu")  # have no kernels of their own
+HOST = ("model.cu", "prompt.cu", "rows.cu", "token.cu")  # have no kernels of their own
 
 
 @pytest.mark.slow

@@ -1,0 +1,54 @@
+// Bulk copies of compute capability 9.0, from global to shared memory, and the barriers there that count their bytes.
+#pragma once
+
+#include "tensor_core.cuh"
+
+namespace mamba {
+
+// cuda.h's CUtensorMap, which NVRTC does not know.
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void bar_init(uint32_t bar, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(bar), "r"(count) : "memory");
+}
+// To be seen by copies too; a barrier of the block must follow.
+__device__ __forceinline__ void bars_are_there() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+__device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
+    asm volatile(
+        "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra again;\n}\n"
+        : : "r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" : : "r"(bar) : "memory");
+}
+// The one arrival, and so many bytes to come.
+__device__ __forceinline__ void bar_expect(uint32_t bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" : : "r"(bar), "r"(bytes) : "memory");
+}
+
+// By which what is copied leaves the L2 cache first.
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        : : "r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar) : "memory");
+}
+__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t bar, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
+        "[%4], %5;"
+        : : "r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory");
+}
+
+#endif
+
+}  // namespace mamba

@@ -1,0 +1,88 @@
+"""Launches of ``rows.cu``."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_uint8, c_void_p
+from typing import Any
+
+from mamba_deploy.plugins.launches_common import TYPES, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_maps import MAP_ALIGN, TensorMap, encoded
+from mamba_deploy.plugins.launches_step import Linear, is_together
+from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.structs import MambaLayer
+
+__all__ = ["SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
+
+SUMS = 4  # in which out_proj comes, each of as many inputs
+
+_ROWS, _INPUTS, _THREADS, _SPLIT, _SHARED, _MOST_STAGES = 64, 64, 384, 2, 227 << 10, 10
+_MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 2 * _ROWS, _SPLIT * _INPUTS, 64
+_COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, TensorMap) for name in ("x", "weight", "rest")),
+        ("a", Linear),
+        ("sums", c_void_p),
+        ("padding", c_uint8 * (-(ctypes.sizeof(Linear) + ctypes.sizeof(c_void_p)) % MAP_ALIGN)),
+    ]
+
+
+def are_sizes(c: Any) -> bool:
+    """As ``are_rows_sizes`` in C++: whatever the device."""
+    if c.length != 1 or not (3 if c.heads or c.width >= 2048 else 12) <= c.batch <= _MOST_ROWS or c.dtype == 0:
+        return False
+    return not (c.width % _WIDTH_STEP or c.inner % (SUMS * _WIDTH_STEP) or c.outputs % 8)
+
+
+def is_rows(c: Any, device: Device) -> bool:
+    """Whether in_proj and out_proj of a call of MambaModel can be products of ``rows.cu``, and are faster so."""
+    if not are_sizes(c) or device.major != 9 or device.architecture // 10 != 9:  # PTX has no wgmma
+        return False
+    if device.shared_bytes < _SHARED or device.encode_map is None:
+        return False
+    return all(is_together(_in_proj(c, layer, 0, 0)) for layer in (MambaLayer * c.layers).from_address(c.each))
+
+
+def in_proj(c: Any, layer: Any, x: int, y: int, device: Device) -> Launch:
+    """As ``rows_in_proj`` in C++."""
+    return _launch(_in_proj(c, layer, x, y), None, 1, c.dtype, device)
+
+
+def out_proj(c: Any, layer: Any, x: int, sums: int, device: Device) -> Launch:
+    """As ``rows_out_proj`` in C++."""
+    a = Linear(c.batch, c.inner, c.width, c.inner, x=x, weight=layer.out_proj)
+    return _launch(a, sums, SUMS, c.dtype, device)
+
+
+def _in_proj(c: Any, layer: Any, x: int, y: int) -> Linear:
+    return Linear(
+        c.batch, c.width, c.outputs, c.width, 0, c.inner if c.heads else 0, c.channels, c.conv_width, x=x,
+        weight=layer.in_proj, bias=layer.in_proj_bias, conv_weight=layer.conv_weight, conv_bias=layer.conv_bias,
+        conv_state=layer.conv_state, seq_lens=c.seq_lens, y=y, conv_state_out=layer.conv_state_out,
+    )  # fmt: skip
+
+
+def _columns(outputs: int, parts: int, multiprocessors: int) -> int:
+    """With which the fullest multiprocessor reads the fewest weights; of several, the most."""
+    room = max(multiprocessors // _SPLIT, 1)
+    return min(_COLUMNS, key=lambda columns: ceil_div(ceil_div(outputs, columns) * parts, room) * columns)
+
+
+def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device) -> Launch:
+    columns, tiles = _columns(a.outputs, parts, device.multiprocessors), 1 if a.batch <= _ROWS else 2
+    rest = columns % _BOX_COLUMNS
+    encode: Any = device.encode_map  # which is_rows asks for
+
+    def weights(box_columns: int) -> Any:
+        return encoded(encode, dtype, a.weight, (a.outputs, a.inputs), (box_columns, _INPUTS))
+
+    x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, _ROWS))
+    p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, sums)
+    stage = 2 * _INPUTS * (columns + tiles * _ROWS)
+    shared = min((_SHARED - 2048) // stage, _MOST_STAGES) * stage + 1024
+    grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
+    name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
+    return Launch("rows_product.cuh", name, grid, (_THREADS,), shared, (p,), _SPLIT)

@@ -1,0 +1,138 @@
+// Products of a token of many rows by rows_kernel: whether it takes them, and how they are cut.
+#include <algorithm>
+#include <iterator>
+
+#include "model.h"
+#include "prompt_rows.cuh"
+
+#if CUDART_VERSION >= 12010
+#include "rows_product.cuh"
+#include "tensor_map.h"
+#endif
+
+namespace mamba {
+namespace model {
+
+constexpr int kMostRows = 128, kWidthStep = 128;
+
+// From how many rows on it is faster than the parts of a step: samples/results/step.txt, 52.
+bool are_rows_sizes(const MambaModel& c) {
+    const int from = is_mamba2(c) || c.width >= 2048 ? 3 : 12;
+    return c.length == 1 && c.batch >= from && c.batch <= kMostRows && c.dtype != MAMBA_FLOAT32 &&
+           c.width % kWidthStep == 0 && c.inner % (kSums * kWidthStep) == 0 && c.outputs % 8 == 0;
+}
+
+#if CUDART_VERSION >= 12010
+namespace {
+
+using rows::kInputs;
+using rows::kRows;
+using rows::kSplit;
+using rows::Product;
+using rows::Tile;
+
+static_assert(kMostRows == 2 * kRows && kWidthStep == kSplit * kInputs, "there are two tiles, and whole stages");
+constexpr int kColumns[] = {192, 160, 144, 128, 96, 64};  // of a cluster, for which there are kernels
+
+// The columns with which the fullest multiprocessor reads the fewest weights; of several, the most.
+int columns_of(int outputs, int parts, const Device& device) {
+    const auto cost = [&](int columns) {
+        const int64_t clusters = ceil_div(outputs, columns) * parts;
+        return ceil_div(clusters, std::max(device.multiprocessors / kSplit, 1)) * columns;
+    };
+    return *std::min_element(kColumns, std::end(kColumns), [&](int a, int b) { return cost(a) < cost(b); });
+}
+
+template <typename T, int COLUMNS, int TILES>
+cudaError_t start(Product p, int parts, int32_t dtype, cudaStream_t stream) {
+    using Own = Tile<COLUMNS, TILES>;
+    const auto kernel = rows::rows_kernel<T, COLUMNS, TILES>;
+    const step::Linear& a = p.a;
+    const Encode encode = encode_of_driver();
+    const auto weights = [&](TensorMap& map, int columns) {
+        return make_map(encode, map, a.weight, dtype, a.inputs, a.outputs, kInputs, columns);
+    };
+    const bool made = weights(p.weight, 64) && (Own::kRest == 0 || weights(p.rest, Own::kRest)) &&
+                      make_map(encode, p.x, a.x, dtype, a.batch, a.inputs, kRows, kInputs);
+    if (!made) return cudaErrorInvalidValue;
+    const cudaError_t error = allow_shared(kernel, Own::kBytes);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, COLUMNS) * kSplit), parts);
+    return launch_early(kernel, grid, dim3(rows::kThreads), Own::kBytes, kSplit, true, stream, p);
+}
+
+template <typename T, int TILES>
+cudaError_t start(const Product& p, int parts, int columns, int32_t dtype, cudaStream_t stream) {
+    switch (columns) {
+        case 64: return start<T, 64, TILES>(p, parts, dtype, stream);
+        case 96: return start<T, 96, TILES>(p, parts, dtype, stream);
+        case 128: return start<T, 128, TILES>(p, parts, dtype, stream);
+        case 144: return start<T, 144, TILES>(p, parts, dtype, stream);
+        case 160: return start<T, 160, TILES>(p, parts, dtype, stream);
+        default: return start<T, 192, TILES>(p, parts, dtype, stream);
+    }
+}
+
+cudaError_t start(const Product& p, int parts, int32_t dtype, cudaStream_t stream) {
+    Device device;
+    const cudaError_t error = device.read(rows::rows_kernel<__half, 64, 1>);
+    if (error != cudaSuccess) return error;
+    const int columns = columns_of(p.a.outputs, parts, device);
+    const auto run = [&](auto t) {
+        using T = decltype(t);
+        return p.a.batch <= kRows ? start<T, 1>(p, parts, columns, dtype, stream)
+                                  : start<T, 2>(p, parts, columns, dtype, stream);
+    };
+    return dtype == MAMBA_FLOAT16 ? run(__half{}) : run(__nv_bfloat16{});
+}
+
+step::Linear in_proj(const MambaModel& c, const MambaLayer& l, const void* x, void* y) {
+    step::Linear a{};
+    a.batch = c.batch, a.inputs = a.x_stride = c.width, a.outputs = c.outputs, a.x = x, a.y = y;
+    a.weight = l.in_proj, a.bias = l.in_proj_bias;
+    a.conv_first = is_mamba2(c) ? c.inner : 0, a.conv_channels = c.channels, a.conv_width = c.conv_width;
+    a.conv_weight = l.conv_weight, a.conv_bias = l.conv_bias, a.conv_state = l.conv_state, a.seq_lens = c.seq_lens;
+    a.conv_state_out = l.conv_state_out;
+    return a;
+}
+
+}  // namespace
+
+bool is_rows(const MambaModel& c) {
+    Device device;
+    if (!are_rows_sizes(c) || device.read(rows::rows_kernel<__half, 64, 1>) != cudaSuccess) return false;
+    if (device.major != 9 || device.own_major != 9) return false;  // PTX of 9.0, for newer devices, has no wgmma
+    if (device.shared_bytes < rows::kShared || encode_of_driver() == nullptr) return false;
+    return std::all_of(c.each, c.each + c.layers, [&](const MambaLayer& l) {
+        return step::is_together(in_proj(c, l, nullptr, nullptr));
+    });
+}
+
+cudaError_t rows_in_proj(const MambaModel& c, const MambaLayer& l, const void* x, void* y, cudaStream_t stream) {
+    Product p{};
+    p.a = in_proj(c, l, x, y);
+    return start(p, 1, c.dtype, stream);
+}
+
+cudaError_t rows_out_proj(const MambaModel& c, const MambaLayer& l, const void* x, float* sums, cudaStream_t stream) {
+    Product p{};
+    step::Linear& a = p.a;
+    a.batch = c.batch, a.inputs = a.x_stride = c.inner, a.outputs = c.width, a.x = x, a.weight = l.out_proj;
+    p.sums = sums;
+    return start(p, kSums, c.dtype, stream);
+}
+
+#else
+
+bool is_rows(const MambaModel&) { return false; }
+cudaError_t rows_in_proj(const MambaModel&, const MambaLayer&, const void*, void*, cudaStream_t) {
+    return cudaErrorNotSupported;
+}
+cudaError_t rows_out_proj(const MambaModel&, const MambaLayer&, const void*, float*, cudaStream_t) {
+    return cudaErrorNotSupported;
+}
+
+#endif
+
+}  // namespace model
+}  // namespace mamba

@@ -1,0 +1,87 @@
+"""Single tokens of some rows, whose products compute capability 9.0 makes by a kernel of its own (``rows.cu``): the sizes of
+published models, against the reference in float64. Elsewhere the same calls take other ways, and must be right too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu.device import BF16, F16, F32, bits, needs_gpu
+from gpu.test_model import Call, Model
+from gpu.test_step import PATTERN
+
+pytestmark = needs_gpu
+
+# Columns of a cluster follow from the widths: all for which there are kernels are among them.
+MAMBA: list[dict[str, Any]] = [
+    {"d": 768, "D": 1536, "R": 48},
+    {"d": 1024, "D": 2048, "R": 64},
+    {"d": 1536, "D": 3072, "R": 96},
+    {"d": 2048, "D": 4096, "R": 128},
+    {"d": 2560, "D": 5120, "R": 160},
+    {"d": 4096, "D": 8192, "R": 256, "norm_eps": 1e-6},  # Falcon-Mamba
+]
+MAMBA2: list[dict[str, Any]] = [
+    {"d": 768, "H": 24},
+    {"d": 1024, "H": 32},
+    {"d": 1536, "H": 48},
+    {"d": 2048, "H": 64},
+    {"d": 2560, "H": 80},
+]
+OTHERS: list[dict[str, Any]] = [
+    {"d": 256, "D": 512, "R": 16, "bias": True, "tied": False},
+    {"d": 256, "H": 16, "P": 32, "N": 64, "bias": True, "tied": False, "skip": "HP"},
+    {"d": 512, "H": 16, "n_groups": 8},
+    {"d": 512, "H": 16, "gate": False, "skip": ""},
+    {"d": 384, "H": 16, "P": 96, "N": 32},
+]
+ROWS = (3, 12, 17, 64, 65, 128)
+
+
+@pytest.mark.parametrize(("T", "S"), [(F16, F32), (BF16, F32), (F16, F16)], ids=str)
+@pytest.mark.parametrize("case", [*MAMBA, *MAMBA2], ids=str)
+def test_equals_the_reference(case: dict[str, Any], T: torch.dtype, S: torch.dtype) -> None:
+    for B in (3, 17, 64, 65):
+        Call(Model(T, B, 1, S, **{"layers": 2, "V": 257} | case), same=B == 17).run()
+
+
+@pytest.mark.parametrize("B", ROWS)
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_other_sizes(case: dict[str, Any], T: torch.dtype, B: int) -> None:
+    Call(Model(T, B, 1, **{"V": 257} | case)).run()
+
+
+@pytest.mark.parametrize("case", [MAMBA[0], MAMBA2[0], MAMBA2[3]], ids=str)
+def test_large_values_stay_in_range(case: dict[str, Any]) -> None:
+    """What a norm divides by later may be out of float16's range before."""
+    model = Model(F16, 16, 1, layers=1, **case)
+    if "H" in case:
+        model.layers[0]["D"] *= 1e3
+        model.layers[0]["gate_norm"] *= 1e2
+    model.embedding *= 100
+    Call(model).run()
+
+
+@pytest.mark.parametrize("B", [12, 65])
+@pytest.mark.parametrize("case", [MAMBA[0], MAMBA[4], MAMBA2[0], MAMBA2[4]], ids=str)
+def test_replays_are_bit_identical(case: dict[str, Any], B: int) -> None:
+    call = Call(Model(F16, B, 1, **{"layers": 2, "V": 257} | case))
+    call.launch()
+    torch.cuda.synchronize()
+    wanted = [out.clone() for out in call.outputs()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.launch()
+        call.launch()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(100):
+        call.workspace.fill_(PATTERN)
+        for out in call.outputs():
+            out.fill_(float("nan"))
+        graph.replay()
+        for out, want in zip(call.outputs(), wanted, strict=True):
+            different += (bits(out) != bits(want)).any()
+    assert different.item() == 0, f"{different.item()} outputs of 100 replays differ"
