@@ -3,7 +3,8 @@
 //
 // A layer is seven launches and few bytes beside the products': norm, in_proj, convolution, then x_proj, dt_proj and the scan
 // with its gate, or the scan, the gate and its norm, then out_proj, which adds to the float32 residual stream by itself.
-// Nothing is split or copied, but for a P or N that is no multiple of 8, as no published model has.
+// Nothing is split or copied, but for a P or N that is no multiple of 8, as no published model has. Of a token of some rows
+// in_proj, with the convolution, and out_proj are rows.cu's, where it takes them.
 #include <algorithm>
 #include <climits>
 

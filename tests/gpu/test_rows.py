@@ -1,5 +1,5 @@
-"""Single tokens of some rows, whose products compute capability 9.0 makes by a kernel of its own (``rows.cu``): the sizes of
-published models, against the reference in float64. Elsewhere the same calls take other ways, and must be right too.
+"""Single tokens of some rows, whose products have a kernel of their own on compute capability 9.0 (``rows.cu``): the
+sizes of published models, against the reference in float64. Elsewhere the same calls run otherwise, and must be right.
 """
 
 from __future__ import annotations
