@@ -27,6 +27,7 @@ from mamba_deploy.errors import BundleError, EngineError, InputError, MissingDep
 from mamba_deploy.limits import Limits
 from mamba_deploy.runtime import bench as module
 from mamba_deploy.runtime import device as device_module
+from mamba_deploy.runtime.ahead import BLOCK
 from mamba_deploy.runtime.bench import Machine, Plan, bench
 from mamba_deploy.runtime.bench_report import Figure, Report, Row, check_plot, engine_facts, plot
 from mamba_deploy.runtime.device import Device
@@ -332,7 +333,7 @@ def test_three_figures_of_a_step(on_gpu: OnGpu, path: Path) -> None:
         assert row.kernels == 2, "the engine and the choice of tokens"
         device, generate, step = row.figures.values()
         assert device.samples == pytest.approx([1e-3] * 20, rel=1e-12), "200 steps, 10 a sample; nothing is copied"
-        assert generate.samples == pytest.approx([1e-3 + copied / 32] * 20, rel=1e-9), "one copy of the state for 32"
+        assert generate.samples == pytest.approx([1e-3 + copied / BLOCK] * 20, rel=1e-9), "one copy a block"
         assert len(step.samples) == 200
         assert step.median == pytest.approx(1e-3, rel=1e-9)
         assert max(step.samples) == pytest.approx(1e-3 + copied, rel=1e-9)
