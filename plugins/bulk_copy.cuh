@@ -5,6 +5,8 @@
 
 namespace mamba {
 
+constexpr int kHopperShared = 227 << 10;  // that a block may have where there are such copies
+
 // cuda.h's CUtensorMap, which NVRTC does not know.
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
@@ -37,6 +39,11 @@ __device__ __forceinline__ uint64_t evict_first() {
     return policy;
 }
 
+// Neighbouring bytes, a multiple of 16.
+__device__ __forceinline__ void copy_line(uint32_t to, const void* from, int bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 : : "r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
 __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t bar) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"

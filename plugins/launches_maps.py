@@ -8,16 +8,23 @@ from ctypes import c_uint8, c_uint32, c_uint64
 from typing import Any
 
 from mamba_deploy.errors import PluginError
+from mamba_deploy.plugins.nvrtc import Device
 
-__all__ = ["MAP_ALIGN", "TensorMap", "encoded"]
+__all__ = ["HOPPER_SHARED", "MAP_ALIGN", "TensorMap", "encoded", "has_bulk_copies"]
 
 # As cuda.h has them.
 _MAP_TYPES = (7, 6, 9)  # by the numbers of dtypes
 _INTERLEAVE_NONE, _L2_PROMOTION_128, _FILL_NONE = 0, 2, 0
 _SWIZZLES = {16: 1, 32: 2, 64: 3}  # by columns of a box; else none
 MAP_ALIGN = 64
+HOPPER_SHARED = 227 << 10  # that a block may have where there are copies by maps
 
 TensorMap = c_uint64 * 16
+
+
+def has_bulk_copies(device: Device) -> bool:
+    """Whether kernels with copies by maps run."""
+    return device.major == 9 and device.shared_bytes >= HOPPER_SHARED and device.encode_map is not None
 
 
 def encoded(encode: Callable[..., int], dtype: int, values: int, size: tuple[int, int], box: tuple[int, int]) -> Any:

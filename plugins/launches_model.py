@@ -9,12 +9,7 @@ from mamba_deploy.plugins import launches_parts, launches_prompt, launches_rows,
 from mamba_deploy.plugins.launches_common import BYTES, ceil_div
 from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
 from mamba_deploy.plugins.nvrtc import Device, Launch
-from mamba_deploy.plugins.structs import (
-    MambaHead,
-    MambaInProj,
-    MambaLayer,
-    MambaOutProj,
-)
+from mamba_deploy.plugins.structs import MambaHead, MambaInProj, MambaLayer, MambaOutProj
 
 __all__ = ["model", "workspace_bytes"]
 
@@ -76,7 +71,7 @@ def _buffers(c: Any, workspace: int) -> _Buffers:
 
 
 def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
-    at, T = _buffers(c, workspace), c.dtype
+    at = _buffers(c, workspace)
     launches = [launches_parts.embed(c, at.hidden[0])]
 
     def run(plan: Callable[[Any, int, Device], list[Launch]], part: Any) -> None:
@@ -84,23 +79,15 @@ def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
 
     for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
         before, after = at.hidden[i % 2], at.hidden[(i + 1) % 2]
-        run(
-            in_proj,
-            MambaInProj(
-                c.batch, 1, c.width, c.outputs, c.channels, c.conv_width, T, c.inner if c.heads else 0, c.eps, before,
-                layer.norm_weight, layer.in_proj, layer.in_proj_bias, layer.conv_weight, layer.conv_bias,
-                layer.conv_state, c.seq_lens, at.projected, layer.conv_state_out,
-            ),
-        )  # fmt: skip
+        run(in_proj, launches_parts.in_proj_of(c, layer, before, at.projected))
         launches += launches_parts.scan(c, layer, at.projected, at.low, at.y, device)
         groups = c.groups if layer.gate_norm else 1
         run(
             out_proj,
             MambaOutProj(
-                c.batch, 1, c.inner, c.width, groups, T, c.eps, at.y, layer.gate_norm, layer.out_proj,
+                c.batch, 1, c.inner, c.width, groups, c.dtype, c.eps, at.y, layer.gate_norm, layer.out_proj,
                 layer.out_proj_bias, before, after,
             ),
         )  # fmt: skip
-    last = at.hidden[c.layers % 2]
-    run(head, MambaHead(c.batch, 1, c.width, c.vocab, T, c.eps, last, c.norm_weight, c.head, c.logits))
+    run(head, launches_parts.head_of(c, at.hidden[c.layers % 2]))
     return launches

@@ -1,4 +1,4 @@
-"""Launches beside the products that the chain of ``model.cu`` and ``prompt.cu`` share."""
+"""What the ways in which MambaModel is run share: structs of products, and launches beside them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ from mamba_deploy.plugins.launches_common import BYTES, TYPES, kernel_name
 from mamba_deploy.plugins.launches_ssd import ssd_update
 from mamba_deploy.plugins.launches_step import selective_update, x_proj
 from mamba_deploy.plugins.nvrtc import Device, Launch
-from mamba_deploy.plugins.structs import MambaSelectiveUpdate, MambaSsdUpdate, MambaXProj
+from mamba_deploy.plugins.structs import MambaHead, MambaInProj, MambaSelectiveUpdate, MambaSsdUpdate, MambaXProj
 
-__all__ = ["ROWS", "ROW_THREADS", "embed", "scan"]
+__all__ = ["ROWS", "ROW_THREADS", "embed", "head_of", "in_proj_of", "scan"]
 
 ROWS, ROW_THREADS = "prompt_rows.cuh", 128
+
+
+def in_proj_of(c: Any, layer: Any, hidden: int, y: int) -> MambaInProj:
+    """Of a layer of a call of MambaModel, between two addresses."""
+    return MambaInProj(
+        c.batch, 1, c.width, c.outputs, c.channels, c.conv_width, c.dtype, c.inner if c.heads else 0, c.eps, hidden,
+        layer.norm_weight, layer.in_proj, layer.in_proj_bias, layer.conv_weight, layer.conv_bias, layer.conv_state,
+        c.seq_lens, y, layer.conv_state_out,
+    )  # fmt: skip
+
+
+def head_of(c: Any, hidden: int) -> MambaHead:
+    """Of a call of MambaModel, from an address."""
+    return MambaHead(c.batch, 1, c.width, c.vocab, c.dtype, c.eps, hidden, c.norm_weight, c.head, c.logits)
 
 
 def embed(c: Any, hidden: int) -> Launch:

@@ -7,8 +7,9 @@ from ctypes import c_uint8, c_void_p
 from typing import Any
 
 from mamba_deploy.plugins.launches_common import TYPES, ceil_div, kernel_name
-from mamba_deploy.plugins.launches_maps import MAP_ALIGN, TensorMap, encoded
-from mamba_deploy.plugins.launches_step import Linear, is_together
+from mamba_deploy.plugins.launches_maps import HOPPER_SHARED, MAP_ALIGN, TensorMap, encoded, has_bulk_copies
+from mamba_deploy.plugins.launches_parts import in_proj_of
+from mamba_deploy.plugins.launches_step import Linear, is_together, linear_of
 from mamba_deploy.plugins.nvrtc import Device, Launch
 from mamba_deploy.plugins.structs import MambaLayer
 
@@ -16,7 +17,7 @@ __all__ = ["SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
 
 SUMS = 4  # in which out_proj comes, each of as many inputs
 
-_ROWS, _INPUTS, _THREADS, _SPLIT, _SHARED, _MOST_STAGES = 64, 64, 384, 2, 227 << 10, 10
+_ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_STAGES = 64, 64, 384, 2, 10
 _MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 2 * _ROWS, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
 
@@ -39,9 +40,7 @@ def are_sizes(c: Any) -> bool:
 
 def is_rows(c: Any, device: Device) -> bool:
     """Whether in_proj and out_proj of a call of MambaModel can be products of ``rows.cu``, and are faster so."""
-    if not are_sizes(c) or device.major != 9 or device.architecture // 10 != 9:  # PTX has no wgmma
-        return False
-    if device.shared_bytes < _SHARED or device.encode_map is None:
+    if not are_sizes(c) or not has_bulk_copies(device) or device.architecture // 10 != 9:  # PTX has no wgmma
         return False
     return all(is_together(_in_proj(c, layer, 0, 0)) for layer in (MambaLayer * c.layers).from_address(c.each))
 
@@ -58,11 +57,10 @@ def out_proj(c: Any, layer: Any, x: int, sums: int, device: Device) -> Launch:
 
 
 def _in_proj(c: Any, layer: Any, x: int, y: int) -> Linear:
-    return Linear(
-        c.batch, c.width, c.outputs, c.width, 0, c.inner if c.heads else 0, c.channels, c.conv_width, x=x,
-        weight=layer.in_proj, bias=layer.in_proj_bias, conv_weight=layer.conv_weight, conv_bias=layer.conv_bias,
-        conv_state=layer.conv_state, seq_lens=c.seq_lens, y=y, conv_state_out=layer.conv_state_out,
-    )  # fmt: skip
+    """Of x, which is normed."""
+    a = linear_of(in_proj_of(c, layer, 0, y))
+    a.x, a.norm_weight = x, None
+    return a
 
 
 def _columns(outputs: int, parts: int, multiprocessors: int) -> int:
@@ -82,7 +80,7 @@ def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device)
     x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, _ROWS))
     p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, sums)
     stage = 2 * _INPUTS * (columns + tiles * _ROWS)
-    shared = min((_SHARED - 2048) // stage, _MOST_STAGES) * stage + 1024
+    shared = min((HOPPER_SHARED - 2048) // stage, _MOST_STAGES) * stage + 1024
     grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
     name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
     return Launch("rows_product.cuh", name, grid, (_THREADS,), shared, (p,), _SPLIT)

@@ -15,6 +15,7 @@ __all__ = [
     "head",
     "in_proj",
     "is_together",
+    "linear_of",
     "out_proj",
     "selective_update",
     "workspace_floats",
@@ -43,13 +44,17 @@ _HEAD_THREADS, _HEAD_OUTPUTS = 256, 128  # of a block
 
 def in_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     """As the launcher in ``step.cu``: call is its struct, workspace an address. So are the next four."""
-    a = Linear(
+    return _linear(linear_of(call), call.dtype, 0, workspace, device)
+
+
+def linear_of(call: Any) -> Linear:
+    """Of in_proj: call is its struct."""
+    return Linear(
         call.batch, call.width, call.outputs, call.width, 1, call.conv_first, call.channels, call.conv_width,
         eps=call.eps, x=call.hidden, weight=call.weight, bias=call.bias, norm_weight=call.norm_weight,
         conv_weight=call.conv_weight, conv_bias=call.conv_bias, conv_state=call.conv_state, seq_lens=call.seq_lens,
         y=call.y, conv_state_out=call.conv_state_out,
     )  # fmt: skip
-    return _linear(a, call.dtype, 0, workspace, device)
 
 
 def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:

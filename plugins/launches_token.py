@@ -8,15 +8,16 @@ from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
 from mamba_deploy.plugins.launches_common import TYPES, are_aligned, ceil_div, kernel_name
-from mamba_deploy.plugins.launches_maps import MAP_ALIGN, TensorMap, encoded
+from mamba_deploy.plugins.launches_maps import MAP_ALIGN, TensorMap, encoded, has_bulk_copies
+from mamba_deploy.plugins.launches_parts import head_of
 from mamba_deploy.plugins.launches_step import head
 from mamba_deploy.plugins.nvrtc import Device, Launch
-from mamba_deploy.plugins.structs import MambaHead, MambaLayer
+from mamba_deploy.plugins.structs import MambaLayer
 
 __all__ = ["is_token", "token_of_row", "workspace_bytes"]
 
 _WARPS, _IN_ROWS, _COLUMNS, _BOX_COLUMNS = 16, 256, 256, 64
-_MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN, _SHARED = 32, 128, 4096, 80, 1024, 227 << 10
+_MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN = 32, 128, 4096, 80, 1024
 _UNITS = (2, 3, 4, 5, 8)  # of 8 channels of a block, for which there are kernels
 _TABLE_LAYERS, _TABLE_BLOCKS, _TABLE_THREADS = 40, 128, 256
 
@@ -43,9 +44,7 @@ def is_token(c: Any, device: Device) -> bool:
     """Whether a call of MambaModel is one row's token that one kernel can do, and does faster than the chain."""
     if not _are_sizes(c) or (c.heads and c.width < 1024) or not _are_aligned(c):
         return False
-    if device.major != 9 or device.shared_bytes < _SHARED:
-        return False
-    return _units(c, device.multiprocessors) > 0 and device.encode_map is not None
+    return has_bulk_copies(device) and _units(c, device.multiprocessors) > 0
 
 
 def workspace_bytes(call: Any) -> int:
@@ -65,11 +64,10 @@ def token_of_row(c: Any, workspace: int, device: Device) -> list[Launch]:
     a.slots = min((device.shared_bytes - _own_bytes(8 * units) - ring) // a.slot_bytes, _MOST_SLOTS)
     name = kernel_name("token", "token_kernel", TYPES[c.dtype], bool(c.heads), units)
     shared = ring + a.slots * a.slot_bytes
-    row = MambaHead(1, 1, c.width, c.vocab, c.dtype, c.eps, a.hidden, c.norm_weight, c.head, c.logits)
     return [
         *_tables(c, a, 8 * units, device.encode_map),
         Launch("token.cuh", name, (_blocks(a),), (32 * (_WARPS + 1),), shared, (a,), _cluster(units), True),
-        *head(row, 0, device),
+        *head(head_of(c, a.hidden), 0, device),
     ]
 
 

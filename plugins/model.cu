@@ -10,25 +10,6 @@ namespace {
 
 constexpr int kChainRows = 2;  // that the parts of a step always take
 
-// --- the parts, as calls ------------------------------------------------------------------------------------------
-
-MambaInProj in_proj(const MambaModel& c, const MambaLayer& l, const float* hidden, void* y) {
-    const int32_t first = is_mamba2(c) ? c.inner : 0;
-    return {c.batch, 1, c.width, c.outputs, c.channels, c.conv_width, c.dtype, first, c.eps,
-            hidden, l.norm_weight, l.in_proj, l.in_proj_bias, l.conv_weight, l.conv_bias, l.conv_state, c.seq_lens,
-            y, l.conv_state_out};
-}
-
-MambaOutProj out_proj(const MambaModel& c, const MambaLayer& l, const void* x, const float* residual, float* y) {
-    const int32_t groups = l.gate_norm ? c.groups : 1;
-    return {c.batch, 1, c.inner, c.width, groups, c.dtype, c.eps, x, l.gate_norm, l.out_proj, l.out_proj_bias,
-            residual, y};
-}
-
-MambaHead head(const MambaModel& c, const float* hidden) {
-    return {c.batch, 1, c.width, c.vocab, c.dtype, c.eps, hidden, c.norm_weight, c.head, c.logits};
-}
-
 // --- the chain ----------------------------------------------------------------------------------------------------
 
 // What the chain keeps in the workspace. The residual stream alternates between two places: a part may still read one

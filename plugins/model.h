@@ -41,7 +41,14 @@ struct Room {
 
 inline bool is_mamba2(const MambaModel& c) { return c.heads > 0; }
 
-// The parts of a step between the products, as calls.
+// The parts of a step, as calls.
+inline MambaInProj in_proj(const MambaModel& c, const MambaLayer& l, const float* hidden, void* y) {
+    const int32_t first = is_mamba2(c) ? c.inner : 0;
+    return {c.batch, 1, c.width, c.outputs, c.channels, c.conv_width, c.dtype, first, c.eps,
+            hidden, l.norm_weight, l.in_proj, l.in_proj_bias, l.conv_weight, l.conv_bias, l.conv_state, c.seq_lens,
+            y, l.conv_state_out};
+}
+
 inline MambaXProj x_proj(const MambaModel& c, const MambaLayer& l, const void* projected, void* low) {
     return {c.batch, 1, c.outputs, c.inner, c.rank + 2 * c.state_size, c.dtype, projected, l.x_proj, low};
 }
@@ -56,6 +63,16 @@ inline MambaSsdUpdate ssd_update(const MambaModel& c, const MambaLayer& l, const
     return {c.batch, 1, c.outputs, c.heads, c.head_dim, c.state_size, c.groups, c.dtype, c.state_dtype, 1,
             c.skip_per_channel, c.dt_min, c.dt_max, projected, l.A, l.D, l.dt_bias, l.ssm_state, c.seq_lens,
             y, l.ssm_state_out};
+}
+
+inline MambaOutProj out_proj(const MambaModel& c, const MambaLayer& l, const void* x, const float* residual, float* y) {
+    const int32_t groups = l.gate_norm ? c.groups : 1;
+    return {c.batch, 1, c.inner, c.width, groups, c.dtype, c.eps, x, l.gate_norm, l.out_proj, l.out_proj_bias,
+            residual, y};
+}
+
+inline MambaHead head(const MambaModel& c, const float* hidden) {
+    return {c.batch, 1, c.width, c.vocab, c.dtype, c.eps, hidden, c.norm_weight, c.head, c.logits};
 }
 
 }  // namespace model

@@ -86,13 +86,10 @@ cudaError_t start(const Product& p, int parts, int32_t dtype, cudaStream_t strea
     return dtype == MAMBA_FLOAT16 ? run(__half{}) : run(__nv_bfloat16{});
 }
 
-step::Linear in_proj(const MambaModel& c, const MambaLayer& l, const void* x, void* y) {
-    step::Linear a{};
-    a.batch = c.batch, a.inputs = a.x_stride = c.width, a.outputs = c.outputs, a.x = x, a.y = y;
-    a.weight = l.in_proj, a.bias = l.in_proj_bias;
-    a.conv_first = is_mamba2(c) ? c.inner : 0, a.conv_channels = c.channels, a.conv_width = c.conv_width;
-    a.conv_weight = l.conv_weight, a.conv_bias = l.conv_bias, a.conv_state = l.conv_state, a.seq_lens = c.seq_lens;
-    a.conv_state_out = l.conv_state_out;
+// Of x, which is normed.
+step::Linear linear_of(const MambaModel& c, const MambaLayer& l, const void* x, void* y) {
+    step::Linear a = step::linear_of(in_proj(c, l, nullptr, y));
+    a.x = x, a.norm_weight = nullptr;
     return a;
 }
 
@@ -101,16 +98,15 @@ step::Linear in_proj(const MambaModel& c, const MambaLayer& l, const void* x, vo
 bool is_rows(const MambaModel& c) {
     Device device;
     if (!are_rows_sizes(c) || device.read(rows::rows_kernel<__half, 64, 1>) != cudaSuccess) return false;
-    if (device.major != 9 || device.own_major != 9) return false;  // PTX of 9.0, for newer devices, has no wgmma
-    if (device.shared_bytes < rows::kShared || encode_of_driver() == nullptr) return false;
+    if (!has_bulk_copies(device) || device.own_major != 9) return false;  // PTX of 9.0, for newer devices, has no wgmma
     return std::all_of(c.each, c.each + c.layers, [&](const MambaLayer& l) {
-        return step::is_together(in_proj(c, l, nullptr, nullptr));
+        return step::is_together(linear_of(c, l, nullptr, nullptr));
     });
 }
 
 cudaError_t rows_in_proj(const MambaModel& c, const MambaLayer& l, const void* x, void* y, cudaStream_t stream) {
     Product p{};
-    p.a = in_proj(c, l, x, y);
+    p.a = linear_of(c, l, x, y);
     return start(p, 1, c.dtype, stream);
 }
 

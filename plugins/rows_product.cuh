@@ -17,7 +17,6 @@ namespace rows {
 constexpr int kRows = 64, kInputs = 64;  // of a tile of wgmma; of a stage
 constexpr int kThreads = 384;            // one warp brings stages, the first warpgroups multiply, all finish
 constexpr int kSplit = 2;                // blocks of a cluster, which share columns and split inputs
-constexpr int kShared = 227 << 10;       // of a block of compute capability 9.0
 constexpr int kMostStages = 10;
 constexpr int kBars = 24;                // bytes: a stage's weights are there; its x is; it is done with
 // Stages of weights on their way at once, from so many rows on: more would queue, and other reads behind them.
@@ -34,7 +33,7 @@ struct Tile {
     static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64;
     static constexpr int kBox = 2 * kInputs * 64;  // bytes, of x and of weights alike
     static constexpr int kWeights = 2 * kInputs * COLUMNS, kStage = kWeights + TILES * kBox;
-    static constexpr int kFit = (kShared - 2048) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
+    static constexpr int kFit = (kHopperShared - 2048) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
     static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
     static constexpr int kBytes = kStages * kStage + 1024;
     static_assert(4 * kSplit * TILES * kRows / 2 * kPitch <= kStages * kStage, "sums lie in the ring's place");

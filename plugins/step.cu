@@ -214,13 +214,7 @@ cudaError_t run(const MambaInProj& c, void* workspace, cudaStream_t stream) {
         c.conv_width > 8 || c.conv_first < 0 || c.channels < 1 || c.conv_first > c.outputs - c.channels) {
         return cudaErrorInvalidValue;
     }
-    Linear a{};
-    a.batch = c.batch, a.inputs = c.width, a.outputs = c.outputs, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
-    a.x = c.hidden, a.weight = c.weight, a.bias = c.bias, a.norm_weight = c.norm_weight, a.y = c.y;
-    a.conv_first = c.conv_first, a.conv_channels = c.channels, a.conv_width = c.conv_width;
-    a.conv_weight = c.conv_weight, a.conv_bias = c.conv_bias, a.conv_state = c.conv_state, a.seq_lens = c.seq_lens;
-    a.conv_state_out = c.conv_state_out;
-    return linear<T, float>(a, workspace, stream);
+    return linear<T, float>(linear_of(c), workspace, stream);
 }
 
 template <typename T>

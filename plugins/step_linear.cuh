@@ -25,6 +25,20 @@ struct Linear {
     void *y, *conv_state_out;
 };
 
+#ifndef MAMBA_KERNELS_ONLY
+
+inline Linear linear_of(const MambaInProj& c) {
+    Linear a{};
+    a.batch = c.batch, a.inputs = c.width, a.outputs = c.outputs, a.x_stride = c.width, a.groups = 1, a.eps = c.eps;
+    a.x = c.hidden, a.weight = c.weight, a.bias = c.bias, a.norm_weight = c.norm_weight, a.y = c.y;
+    a.conv_first = c.conv_first, a.conv_channels = c.channels, a.conv_width = c.conv_width;
+    a.conv_weight = c.conv_weight, a.conv_bias = c.conv_bias, a.conv_state = c.conv_state, a.seq_lens = c.seq_lens;
+    a.conv_state_out = c.conv_state_out;
+    return a;
+}
+
+#endif
+
 // Rows of x to shared memory, this thread's share.
 template <typename X, int WARPS>
 __device__ __forceinline__ void fetch(const Linear& a, int first, int rows, X* to, int stride) {

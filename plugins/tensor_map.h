@@ -31,6 +31,12 @@ inline Encode encode_of_driver() {
     return found;
 }
 
+// Whether kernels with such copies run: the code was made for compute capability 9.0, which PTX of it is too, but a device
+// may be newer, and have less shared memory.
+inline bool has_bulk_copies(const Device& device) {
+    return device.major == 9 && device.shared_bytes >= kHopperShared && encode_of_driver() != nullptr;
+}
+
 // Of 16-bit values [rows, columns] in boxes; rows of a box of 64, 32 or 16 columns
 // are swizzled. What is past the last row or column is copied as zeros.
 inline bool make_map(Encode encode, TensorMap& to, const void* values, int32_t dtype, int rows, int columns, int box_rows,

@@ -21,7 +21,6 @@ using token::TokenLayer;
 
 constexpr int kUnits[] = {2, 3, 4, 5, 8};  // of 8 channels of a block, for which there are kernels
 constexpr int kTableBlocks = 128, kTableThreads = 256;
-constexpr int kShared = 227 << 10;  // of a block of compute capability 9.0, whose PTX may run where there is less
 constexpr int kMostLayers = 80;     // whose pointers leave room in it for five slots of any size
 
 int64_t even(int64_t v) { return (v + 1) / 2 * 2; }
@@ -157,8 +156,8 @@ cudaError_t start(const Token& a, int units, int limit, cudaStream_t stream) {
 bool is_token(const MambaModel& c) {
     if (!are_token_sizes(c) || (is_mamba2(c) && c.width < 1024) || !are_aligned(c)) return false;
     Device device;
-    return device.read(token::token_table_kernel) == cudaSuccess && device.major == 9 &&
-           device.shared_bytes >= kShared && units_of(c, device.multiprocessors) > 0 && encode_of_driver() != nullptr;
+    return device.read(token::token_table_kernel) == cudaSuccess && has_bulk_copies(device) &&
+           units_of(c, device.multiprocessors) > 0;
 }
 
 size_t token_workspace(const MambaModel& given) {
@@ -208,8 +207,8 @@ cudaError_t token_of_row(const MambaModel& c, void* workspace, cudaStream_t stre
         run(__nv_bfloat16{});
     }
     if (error != cudaSuccess) return error;
-    const MambaHead head = {1, 1, c.width, c.vocab, c.dtype, c.eps, a.hidden, c.norm_weight, c.head, c.logits};
-    return static_cast<cudaError_t>(mamba_head(&head, nullptr, stream));
+    const MambaHead last = head(c, a.hidden);
+    return static_cast<cudaError_t>(mamba_head(&last, nullptr, stream));
 }
 
 #else

@@ -39,9 +39,7 @@ struct Loader {
     }
     // Neighbouring bytes, a multiple of 16, or nothing.
     __device__ __forceinline__ void line(uint32_t to, const void* from, int64_t at, int bytes) const {
-        if (from == nullptr) return;
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     : : "r"(to), "l"(static_cast<const char*>(from) + at), "r"(bytes), "r"(ring.whole(ring.slot)) : "memory");
+        if (from != nullptr) copy_line(to, static_cast<const char*>(from) + at, bytes, ring.whole(ring.slot));
     }
     // Before the first copy by a map that a kernel has written.
     static __device__ __forceinline__ void see(const TensorMap& map) {

@@ -7,6 +7,7 @@ result: the largest is that of the worst conditioned value.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -152,6 +153,32 @@ class Call:
                 assert torch.equal(bits(got[~reads]), bits(kept[~reads])), "a row of length 0 changed its state"
 
 
+def replays_that_differ(call: Call, of: Sequence[Call], fills: Iterable[int]) -> int:
+    """How many outputs of a call are not to the bit what it gives alone, in replays of a graph of calls, it among them.
+
+    Args:
+        call: What is replayed.
+        of: What the graph launches, in this order, over the workspace of ``call``.
+        fills: A byte for each replay, of which the workspace is full before it.
+    """
+    call.launch()
+    torch.cuda.synchronize()
+    wanted = [out.clone() for out in call.outputs()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in of:
+            one.launch()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for fill in fills:
+        call.workspace.fill_(fill)
+        for out in call.outputs():
+            _poison(out)
+        graph.replay()
+        for out, want in zip(call.outputs(), wanted, strict=True):
+            different += (bits(out) != bits(want)).any()
+    return int(different.item())
+
+
 def close(name: str, found: Tensor, expected: Tensor, allowed: float) -> None:
     assert found.isfinite().all(), f"{name} is not finite"
     error = (found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
@@ -166,6 +193,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# Of state-spaces, and Falcon-Mamba.
+PUBLISHED: list[dict[str, Any]] = [
+    {"d": 768, "D": 1536, "R": 48},
+    {"d": 1024, "D": 2048, "R": 64},
+    {"d": 1536, "D": 3072, "R": 96},
+    {"d": 2048, "D": 4096, "R": 128},
+    {"d": 2560, "D": 5120, "R": 160},
+    {"d": 4096, "D": 8192, "R": 256, "norm_eps": 1e-6},
+]
+PUBLISHED2: list[dict[str, Any]] = [
+    {"d": 768, "H": 24},
+    {"d": 1024, "H": 32},
+    {"d": 1536, "H": 48},
+    {"d": 2048, "H": 64},
+    {"d": 2560, "H": 80},
+]
 MAMBA: dict[str, Any] = {}
 MAMBA2: dict[str, Any] = {"H": 24}
 CASES: list[dict[str, Any]] = [

@@ -8,28 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.device import BF16, F16, F32, bits, needs_gpu
-from gpu.test_model import Call, Model
+from gpu.device import BF16, F16, F32, needs_gpu
+from gpu.test_model import PUBLISHED, PUBLISHED2, Call, Model, replays_that_differ
 from gpu.test_step import PATTERN
 
 pytestmark = needs_gpu
 
 # Columns of a cluster follow from the widths: all for which there are kernels are among them.
-MAMBA: list[dict[str, Any]] = [
-    {"d": 768, "D": 1536, "R": 48},
-    {"d": 1024, "D": 2048, "R": 64},
-    {"d": 1536, "D": 3072, "R": 96},
-    {"d": 2048, "D": 4096, "R": 128},
-    {"d": 2560, "D": 5120, "R": 160},
-    {"d": 4096, "D": 8192, "R": 256, "norm_eps": 1e-6},  # Falcon-Mamba
-]
-MAMBA2: list[dict[str, Any]] = [
-    {"d": 768, "H": 24},
-    {"d": 1024, "H": 32},
-    {"d": 1536, "H": 48},
-    {"d": 2048, "H": 64},
-    {"d": 2560, "H": 80},
-]
+MAMBA, MAMBA2 = PUBLISHED, PUBLISHED2
 OTHERS: list[dict[str, Any]] = [
     {"d": 256, "D": 512, "R": 16, "bias": True, "tied": False},
     {"d": 256, "H": 16, "P": 32, "N": 64, "bias": True, "tied": False, "skip": "HP"},
@@ -69,19 +55,5 @@ def test_large_values_stay_in_range(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", [MAMBA[0], MAMBA[4], MAMBA2[0], MAMBA2[4]], ids=str)
 def test_replays_are_bit_identical(case: dict[str, Any], B: int) -> None:
     call = Call(Model(F16, B, 1, **{"layers": 2, "V": 257} | case))
-    call.launch()
-    torch.cuda.synchronize()
-    wanted = [out.clone() for out in call.outputs()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call.launch()
-        call.launch()
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(100):
-        call.workspace.fill_(PATTERN)
-        for out in call.outputs():
-            out.fill_(float("nan"))
-        graph.replay()
-        for out, want in zip(call.outputs(), wanted, strict=True):
-            different += (bits(out) != bits(want)).any()
-    assert different.item() == 0, f"{different.item()} outputs of 100 replays differ"
+    different = replays_that_differ(call, [call, call], [PATTERN] * 100)
+    assert different == 0, f"{different} outputs of 100 replays differ"

@@ -9,27 +9,14 @@ from typing import Any
 import pytest
 import torch
 from gpu.device import BF16, F16, F32, bits, needs_gpu
-from gpu.test_model import Call, Model
+from gpu.test_model import PUBLISHED, PUBLISHED2, Call, Model, replays_that_differ
 from gpu.test_step import PATTERN
 
 pytestmark = needs_gpu
 
 # How many channels a block has follows from D: 16, 24, 32, 40 or 64 where there are 132 multiprocessors.
-MAMBA: list[dict[str, Any]] = [
-    {"d": 768, "D": 1536, "R": 48},
-    {"d": 1024, "D": 2048, "R": 64},
-    {"d": 1536, "D": 3072, "R": 96},
-    {"d": 2048, "D": 4096, "R": 128},
-    {"d": 2560, "D": 5120, "R": 160},
-    {"d": 4096, "D": 8192, "R": 256, "norm_eps": 1e-6},  # Falcon-Mamba
-]
-MAMBA2: list[dict[str, Any]] = [
-    {"d": 1024, "H": 32},
-    {"d": 1536, "H": 48},
-    {"d": 2048, "H": 64},
-    {"d": 2560, "H": 80},
-    {"d": 2048, "H": 128, "P": 32},
-]
+MAMBA = PUBLISHED
+MAMBA2 = [*PUBLISHED2[1:], {"d": 2048, "H": 128, "P": 32}]
 OTHERS: list[dict[str, Any]] = [
     {"d": 768, "D": 1536, "bias": True, "tied": False},
     {"d": 768, "D": 1536, "R": 16},
@@ -77,20 +64,5 @@ def test_replays_are_bit_identical(case: dict[str, Any]) -> None:
     for one in (call, other):
         one.workspace = torch.full((max(call.needed, other.needed),), PATTERN, dtype=torch.uint8, device="cuda")
     other.workspace = call.workspace
-    call.launch()
-    torch.cuda.synchronize()
-    wanted = [out.clone() for out in call.outputs()]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        other.launch()
-        call.launch()
-        call.launch()
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for i in range(300):
-        call.workspace.fill_(i % 256)
-        for out in call.outputs():
-            out.fill_(float("nan"))
-        graph.replay()
-        for out, want in zip(call.outputs(), wanted, strict=True):
-            different += (bits(out) != bits(want)).any()
-    assert different.item() == 0, f"{different.item()} outputs of 300 replays differ"
+    different = replays_that_differ(call, [other, call, call], [i % 256 for i in range(300)])
+    assert different == 0, f"{different} outputs of 300 replays differ"
