@@ -56,6 +56,38 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int 
         : : "r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory");
 }
 
+// --- between the blocks of a cluster
+
+// __syncthreads() for all of them.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" : : : "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+// To the place of `to` in another block's shared memory, and its bytes to the count of the barrier that is there at `bar`.
+__device__ __forceinline__ void send(uint32_t to, uint32_t bar, int block, float value) {
+    asm volatile(
+        "{\n .reg .b32 there, count;\n mapa.shared::cluster.u32 there, %0, %2;\n mapa.shared::cluster.u32 count, %1, %2;\n"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [count];\n}\n"
+        : : "r"(to), "r"(bar), "r"(block), "f"(value) : "memory");
+}
+// The same of many values: where another block has what is at an address here; and a pair to such an address.
+__device__ __forceinline__ uint32_t address_in(int block, uint32_t address) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    return there;
+}
+__device__ __forceinline__ void send_pair(uint32_t there, uint32_t bar_there, float first, float second) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];"
+                 : : "r"(there), "r"(bar_there), "f"(first), "f"(second) : "memory");
+}
+// As bar_wait(), for what other blocks send.
+__device__ __forceinline__ void bar_wait_of_cluster(uint32_t bar, uint32_t parity) {
+    asm volatile(
+        "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+        " @!p bra again;\n}\n"
+        : : "r"(bar), "r"(parity) : "memory");
+}
+
 #endif
 
 }  // namespace mamba

@@ -17,7 +17,7 @@ __all__ = ["SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
 
 SUMS = 4  # in which out_proj comes, each of as many inputs
 
-_ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_STAGES = 64, 64, 384, 2, 10
+_ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_STAGES, _BARS = 64, 64, 384, 2, 10, 24
 _MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 2 * _ROWS, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
 
@@ -80,7 +80,8 @@ def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device)
     x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, _ROWS))
     p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, sums)
     stage = 2 * _INPUTS * (columns + tiles * _ROWS)
-    shared = min((HOPPER_SHARED - 2048) // stage, _MOST_STAGES) * stage + 1024
+    stages = min((HOPPER_SHARED - 1024) // stage, _MOST_STAGES)
+    shared = stages * (stage + _BARS) + 8
     grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
     name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
     return Launch("rows_product.cuh", name, grid, (_THREADS,), shared, (p,), _SPLIT)

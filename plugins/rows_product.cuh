@@ -18,9 +18,9 @@ constexpr int kRows = 64, kInputs = 64;  // of a tile of wgmma; of a stage
 constexpr int kThreads = 384;            // one warp brings stages, the first warpgroups multiply, all finish
 constexpr int kSplit = 2;                // blocks of a cluster, which share columns and split inputs
 constexpr int kMostStages = 10;
-constexpr int kBars = 24;                // bytes: a stage's weights are there; its x is; it is done with
+constexpr int kBarBytes = 24;            // a stage's barriers: its weights are there; its x is; it is done with
 // Stages of weights on their way at once, from so many rows on: more would queue, and other reads behind them.
-constexpr int kAhead = 3, kAheadFrom = 16;
+constexpr int kAheadFrom = 16;
 
 template <typename T>
 constexpr bool kIsHalf = false;
@@ -33,9 +33,12 @@ struct Tile {
     static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64;
     static constexpr int kBox = 2 * kInputs * 64;  // bytes, of x and of weights alike
     static constexpr int kWeights = 2 * kInputs * COLUMNS, kStage = kWeights + TILES * kBox;
-    static constexpr int kFit = (kHopperShared - 2048) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
+    static constexpr int kFit = (kHopperShared - 1024) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
+    static constexpr int kAhead = COLUMNS > 64 ? 2 : 3;
     static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
-    static constexpr int kBytes = kStages * kStage + 1024;
+    static constexpr int kBars = kStages * kStage, kSumsBar = kBars + kBarBytes * kStages, kBytes = kSumsBar + 8;
+    // Threads that registers are shared out to: so few each, where that will do, that a block of a norm has some too.
+    static constexpr int kSharing = COLUMNS > 160 ? kThreads : 480;
     static_assert(4 * kSplit * TILES * kRows / 2 * kPitch <= kStages * kStage, "sums lie in the ring's place");
     static_assert(kAhead < kStages, "or the slot that is waited for would be another stage's");
     static_assert(kRest % 16 == 0 && kRest <= 32, "for which there are products");
@@ -51,12 +54,15 @@ struct Product {
 
 // --- wgmma: the left operand [64, 16] has its rows in shared memory, the right one [16, columns] its columns
 
-// Of lines of SWIZZLE bytes, one after the other, as a bulk copy leaves them.
+// An operand of lines of SWIZZLE bytes, one after the other, as a bulk copy leaves them: the upper half of what describes it,
+// and the lower. The latter is from an address that all threads of a warp are known to share: else each costs four moves.
 template <int SWIZZLE>
-__device__ __forceinline__ uint64_t operand(uint32_t address) {
-    constexpr uint64_t kKind = SWIZZLE == 128 ? 1 : SWIZZLE == 64 ? 2 : 3, kEightLines = 8 * SWIZZLE / 16;
-    return kKind << 62 | kEightLines << 32 | kEightLines << 16 | (address & 0x3FFFF) >> 4;
+constexpr uint32_t kUpper = (SWIZZLE == 128 ? 1u : SWIZZLE == 64 ? 2u : 3u) << 30 | 8 * SWIZZLE / 16;
+template <int SWIZZLE>
+__device__ __forceinline__ uint32_t lower(uint32_t address) {
+    return 8 * SWIZZLE / 16 << 16 | address >> 4;
 }
+__device__ __forceinline__ uint32_t shared_by_warp(uint32_t v) { return __shfl_sync(~0u, v, 0); }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
@@ -65,27 +71,38 @@ __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(LEFT) : "memory");
 }
 
+// Sums of products that have been waited for: not to be read before.
+template <int COUNT>
+__device__ __forceinline__ void are_there(float (&d)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i]));
+}
+
 #define MAMBA_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MAMBA_LOWER "r"(x), "r"(w), "n"(kUpper<128>), "n"(kUpper<SWIZZLE>)
 #define MAMBA_MULTIPLY(TYPE)                                                                                               \
     if constexpr (COUNT == 32) {                                                                                           \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                           \
+        asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%32, %34};\n mov.b64 w, {%33, %35};\n"                             \
+                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                          \
                      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "   \
-                     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, 0, 1;"                    \
+                     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, x, w, 1, 1, 1, 0, 1;\n}\n"                   \
                      : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4), MAMBA_FOUR(d, 8), MAMBA_FOUR(d, 12), MAMBA_FOUR(d, 16),         \
                        MAMBA_FOUR(d, 20), MAMBA_FOUR(d, 24), MAMBA_FOUR(d, 28)                                             \
-                     : "l"(x), "l"(w));                                                                                    \
+                     : MAMBA_LOWER);                                                                                       \
     } else if constexpr (COUNT == 16) {                                                                                    \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                           \
-                     " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, 0, 1;"   \
-                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4), MAMBA_FOUR(d, 8), MAMBA_FOUR(d, 12) : "l"(x), "l"(w));          \
+        asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%16, %18};\n mov.b64 w, {%17, %19};\n"                             \
+                     " wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                          \
+                     " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, x, w, 1, 1, 1, 0, 1;\n}\n"  \
+                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4), MAMBA_FOUR(d, 8), MAMBA_FOUR(d, 12) : MAMBA_LOWER);             \
     } else {                                                                                                               \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                                           \
-                     " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1, 0, 1;"                                           \
-                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4) : "l"(x), "l"(w));                                               \
+        asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%8, %10};\n mov.b64 w, {%9, %11};\n"                               \
+                     " wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                                          \
+                     " {%0, %1, %2, %3, %4, %5, %6, %7}, x, w, 1, 1, 1, 0, 1;\n}\n"                                        \
+                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4) : MAMBA_LOWER);                                                  \
     }
 
-template <typename T, int COUNT>
-__device__ __forceinline__ void multiply(float (&d)[COUNT], uint64_t x, uint64_t w) {
+template <typename T, int SWIZZLE, int COUNT>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t x, uint32_t w) {
     if constexpr (kIsHalf<T>) {
         MAMBA_MULTIPLY("f16")
     } else {
@@ -93,6 +110,7 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], uint64_t x, uint64_t
     }
 }
 #undef MAMBA_MULTIPLY
+#undef MAMBA_LOWER
 #undef MAMBA_FOUR
 
 // The warp that brings stages: one lane.
@@ -100,22 +118,22 @@ template <int COLUMNS, int TILES>
 __device__ __forceinline__ void bring(const Product& p, uint32_t ring, uint32_t bars, int column, int input, int stages) {
     using Own = Tile<COLUMNS, TILES>;
     const uint64_t policy = evict_first();
-    const int ahead = p.a.batch < kAheadFrom ? Own::kStages - 1 : kAhead;
+    const int ahead = p.a.batch < kAheadFrom ? Own::kStages - 1 : Own::kAhead;
     int behind = 0, count = 0;
     uint32_t behind_parity = 0;
     const auto weights = [&](int slot, int k) {
         if (count++ >= ahead) {
-            bar_wait(bars + kBars * behind, behind_parity);
+            bar_wait(bars + kBarBytes * behind, behind_parity);
             if (++behind == Own::kStages) behind = 0, behind_parity ^= 1;
         }
-        const uint32_t to = ring + slot * Own::kStage, bar = bars + kBars * slot;
+        const uint32_t to = ring + slot * Own::kStage, bar = bars + kBarBytes * slot;
         bar_expect(bar, Own::kWeights);
 #pragma unroll
         for (int i = 0; i < Own::kWhole; i++) copy_box(to + i * Own::kBox, p.weight, column + 64 * i, k, bar, policy);
         if (Own::kRest > 0) copy_box(to + Own::kWhole * Own::kBox, p.rest, column + 64 * Own::kWhole, k, bar, policy);
     };
     const auto x = [&](int slot, int k) {
-        const uint32_t to = ring + slot * Own::kStage + Own::kWeights, bar = bars + kBars * slot + 8;
+        const uint32_t to = ring + slot * Own::kStage + Own::kWeights, bar = bars + kBarBytes * slot + 8;
         bar_expect(bar, TILES * Own::kBox);
 #pragma unroll
         for (int i = 0; i < TILES; i++) copy_box(to + i * Own::kBox, p.x, k, kRows * i, bar);
@@ -128,7 +146,7 @@ __device__ __forceinline__ void bring(const Product& p, uint32_t ring, uint32_t 
     uint32_t parity = 0;
 #pragma unroll 1
     for (int s = first; s < stages; s++) {
-        bar_wait(bars + kBars * slot + 16, parity);
+        bar_wait(bars + kBarBytes * slot + 16, parity);
         weights(slot, input + s * kInputs);
         x(slot, input + s * kInputs);
         if (++slot == Own::kStages) slot = 0, parity ^= 1;
@@ -143,21 +161,22 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
     int slot = 0;
     uint32_t parity = 0;
     const auto give_back = [&](int of) {
-        if (threadIdx.x % 32 == 0) bar_arrive(bars + kBars * of + 16);
+        if (threadIdx.x % 32 == 0) bar_arrive(bars + kBarBytes * of + 16);
     };
 #pragma unroll 1
     for (int s = 0; s < stages; s++) {
-        bar_wait(bars + kBars * slot, parity);
-        bar_wait(bars + kBars * slot + 8, parity);
+        bar_wait(bars + kBarBytes * slot, parity);
+        bar_wait(bars + kBarBytes * slot + 8, parity);
         products_begin();
-        const uint32_t at = ring + slot * Own::kStage, x = at + Own::kWeights + tile * Own::kBox;
+        const uint32_t at = shared_by_warp((ring + slot * Own::kStage) & 0x3FFFF), x = at + Own::kWeights + tile * Own::kBox;
 #pragma unroll
         for (int k = 0; k < kInputs / 16; k++) {
-            const uint64_t left = operand<128>(x + 32 * k);
+            const uint32_t left = lower<128>(x + 32 * k);
 #pragma unroll
-            for (int i = 0; i < Own::kWhole; i++) multiply<T>(whole[i], left, operand<128>(at + i * Own::kBox + 2048 * k));
+            for (int i = 0; i < Own::kWhole; i++) multiply<T, 128>(whole[i], left, lower<128>(at + i * Own::kBox + 2048 * k));
             if constexpr (Own::kRest > 0) {
-                multiply<T>(rest, left, operand<2 * Own::kRest>(at + Own::kWhole * Own::kBox + 32 * Own::kRest * k));
+                constexpr int kLine = 2 * Own::kRest;
+                multiply<T, kLine>(rest, left, lower<kLine>(at + Own::kWhole * Own::kBox + 16 * kLine * k));
             }
         }
         products_commit();
@@ -166,6 +185,8 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         if (++slot == Own::kStages) slot = 0, parity ^= 1;
     }
     products_wait<0>();
+    for (auto& of_box : whole) are_there(of_box);
+    are_there(rest);
 #pragma unroll
     for (int i = 0; i < COLUMNS / 2; i++) sums[i] = i / 32 < Own::kWhole ? whole[i / 32][i % 32] : rest[i % 32];
 }
@@ -174,24 +195,26 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
 
 // Blocks: clusters of two, one for so many columns; times parts of the inputs.
 template <typename T, int COLUMNS, int TILES>
-__global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant__ Product p) {
+__global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
+    rows_kernel(const __grid_constant__ Product p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Own = Tile<COLUMNS, TILES>;
-    extern __shared__ float4 memory[];
-    __shared__ uint64_t bars[kBars / 8 * kMostStages];
+    extern __shared__ __align__(1024) char shared[];
     const step::Linear& a = p.a;
-    char* const shared = reinterpret_cast<char*>(memory) + (-shared_address(memory) & 1023);
-    const uint32_t ring = shared_address(shared), first_bar = shared_address(bars);
+    const uint32_t ring = shared_address(shared), first_bar = ring + Own::kBars;
+    const step::Sums others{ring + Own::kSumsBar};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % kSplit;
+    const int share = (a.batch + kSplit - 1) / kSplit, first = rank * share, until = min(share, a.batch - first);
     const int column = blockIdx.x / kSplit * COLUMNS, inputs = a.inputs / (kSplit * gridDim.y), stages = inputs / kInputs;
     constexpr int kMultiply = 4 * TILES;  // warps
     if (threadIdx.x < Own::kStages) {
-        const uint32_t own = first_bar + kBars * threadIdx.x;
+        const uint32_t own = first_bar + kBarBytes * threadIdx.x;
         bar_init(own, 1);
         bar_init(own + 8, 1);
         bar_init(own + 16, kMultiply);
         bars_are_there();
     }
+    if (threadIdx.x == 0) others.expect(4 * until * COLUMNS);
     __syncthreads();
     if (warp == kThreads / 32 - 1) {
         if (lane == 0) {
@@ -201,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
     }
     // A thread finishes 4 columns of every kAtOnce-th row of this block's share.
     constexpr int kQuads = COLUMNS / 4, kAtOnce = kThreads / kQuads;
-    constexpr int kTurn = TILES == 1 ? 3 : 2;  // rows that a thread reads before it needs the first
-    const int share = (a.batch + kSplit - 1) / kSplit, first = rank * share, until = min(share, a.batch - first);
+    // Rows that a thread reads before it needs the first: all of 64.
+    constexpr int kTurn = TILES == 1 ? (kRows / kSplit + kAtOnce - 1) / kAtOnce : 2;
     const int quad = threadIdx.x % kQuads, own_row = threadIdx.x / kQuads;
     const step::FourColumns<T> columns(a, column + 4 * quad);
     const bool finishes = columns.m < a.outputs && own_row < kAtOnce;
@@ -216,20 +239,19 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
     float* const results = reinterpret_cast<float*>(shared);  // [kSplit, share, kPitch], in the ring's place
     if (warp < kMultiply) {
         float sums[COLUMNS / 2];
-        multiply_rows<T, COLUMNS, TILES>(ring, first_bar, warp / 4, stages, sums);
-        cluster_barrier();
+        multiply_rows<T, COLUMNS, TILES>(ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), stages, sums);
+        cluster_meet();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = 16 * warp + lane / 4 + 8 * half, block = row / share;
             if (row >= a.batch) continue;
             float* const to = results + (rank * share + row - block * share) * Own::kPitch + lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < COLUMNS / 8; i++) {
-                step::store_pair(to + 8 * i, block, sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
-            }
+            others.put<COLUMNS / 8>(to, block, rank, [&](int i) {
+                return make_float2(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
+            });
         }
     } else {
-        cluster_barrier();
+        cluster_meet();
     }
     step::FourAround<T> around[kTurn];
     const auto read = [&](int row) {
@@ -241,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) rows_kernel(const __grid_constant
         }
     };
     read(own_row);
-    cluster_barrier();
+    others.wait(true);
     if (!finishes) return;
 #pragma unroll 1
     for (int row = own_row; row < until; row += kTurn * kAtOnce) {

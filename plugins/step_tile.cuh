@@ -7,6 +7,7 @@
 // its shared memory. x has the rows of mma.m16n8k16.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "step_linear.cuh"
 
 namespace mamba {
@@ -46,20 +47,41 @@ inline __host__ __device__ bool is_together(const Linear& a) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
+// What the blocks of a cluster send each other in the end, and the barrier of each that counts its bytes, instead of one of
+// the cluster: that would wait for all that its threads have on its way to memory. Of one block nothing is sent.
+struct Sums {
+    uint32_t bar;
+
+    // One thread, with the bytes that come.
+    __device__ __forceinline__ void expect(int bytes) const {
 #if __CUDA_ARCH__ >= 900
-// To the place of `to` in the shared memory of another block of the cluster.
-__device__ __forceinline__ void store_pair(float* to, int block, float first, float second) {
-    asm volatile(
-        "{.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\nst.shared::cluster.v2.f32 [at], {%2, %3};}"
-        :
-        : "r"(shared_address(to)), "r"(block), "f"(first), "f"(second)
-        : "memory");
-}
-#else  // a block is a cluster
-__device__ __forceinline__ void store_pair(float* to, int, float first, float second) {
-    *reinterpret_cast<float2*>(to) = make_float2(first, second);
-}
+        bar_init(bar, 1);
+        bars_are_there();
+        bar_expect(bar, bytes);
 #endif
+    }
+    // pair(i) of COUNT to the place of to + 8 i in a block's shared memory.
+    template <int COUNT, typename Pair>
+    __device__ __forceinline__ void put(float* to, int block, int own, Pair&& pair) const {
+#if __CUDA_ARCH__ >= 900
+        if (block != own) {
+            const uint32_t there = address_in(block, shared_address(to)), bar_there = address_in(block, bar);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) send_pair(there + 32 * i, bar_there, pair(i).x, pair(i).y);
+            return;
+        }
+#endif
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) *reinterpret_cast<float2*>(to + 8 * i) = pair(i);
+    }
+    // Until all of this block and, if there are others, theirs are there.
+    __device__ __forceinline__ void wait(bool from_others) const {
+        __syncthreads();
+#if __CUDA_ARCH__ >= 900
+        if (from_others) bar_wait_of_cluster(bar, 0);
+#endif
+    }
+};
 
 // Copies of ROWS rows of UNITS times 16 bytes, PITCH bytes apart, one stage after the other: this thread's share. Inputs are
 // the rows (BY_ROWS) or lie along them; zeros stand behind the last.
@@ -210,6 +232,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) tile_kernel(const Linear a, c
     constexpr int kQuads = Own::kOutputs / 4, kAtOnce = kTileThreads / kQuads;
     const int share = (rows + split - 1) / split, until = min(share, rows - rank * share);
     const int quad = threadIdx.x % kQuads, own_row = threadIdx.x / kQuads, own_first = first + rank * share;
+    __shared__ uint64_t sums_bar;
+    const Sums others{shared_address(&sums_bar)};
+    if (split > 1 && threadIdx.x == 0) others.expect(4 * (split - 1) * kTurns * max(until, 0) * Own::kOutputs);
     const FourColumns<T> columns(a, output + 4 * quad);
     const bool finishes = columns.m < a.outputs && own_row < kAtOnce;
     if (!HEAD && columns.convolved) {
@@ -269,7 +294,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) tile_kernel(const Linear a, c
     // [split, kTurns, share, kSumPitch] of the block that finishes them, in the ring's place.
     float* const results = reinterpret_cast<float*>(shared);
     copy_async_wait<0>();
-    cluster_barrier();
+    cluster_meet();
 #pragma unroll
     for (int i = 0; i < kOfWarp; i++) {
 #pragma unroll
@@ -277,10 +302,9 @@ __global__ void __launch_bounds__(kTileThreads, 1) tile_kernel(const Linear a, c
             const int row = 16 * (down * kOfWarp + i) + lane / 4 + 8 * half, block = row / share;
             if (row >= rows) continue;
             float* const to = results + ((rank * kTurns + turn) * share + row - block * share) * Own::kSumPitch;
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                store_pair(to + 8 * (across * NT + n) + lane % 4 * 2, block, sums[i][n][2 * half], sums[i][n][2 * half + 1]);
-            }
+            others.put<NT>(to + 8 * across * NT + lane % 4 * 2, block, rank, [&](int n) {
+                return make_float2(sums[i][n][2 * half], sums[i][n][2 * half + 1]);
+            });
         }
     }
     const auto sum = [&](int row, int of_block, auto& out) {
@@ -291,7 +315,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) tile_kernel(const Linear a, c
         }
     };
     if (!HEAD && NT < kMostTiles && !columns.together) {
-        cluster_barrier();
+        others.wait(split > 1);
 #pragma unroll 1
         for (int i = threadIdx.x; i < until * Own::kOutputs; i += kTileThreads) {
             const int row = i / Own::kOutputs, m = output + i % Own::kOutputs;
@@ -313,7 +337,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) tile_kernel(const Linear a, c
         }
     };
     read(own_row);
-    cluster_barrier();
+    others.wait(split > 1);
     if (!finishes) return;
 #pragma unroll 1
     for (int row = own_row; row < until; row += kAhead * kAtOnce) {

@@ -153,23 +153,6 @@ struct Ring {
     }
 };
 
-// --- between the blocks of a cluster
-
-// To the place of `to` in another block's shared memory, and its bytes to the count of the barrier that is there at `bar`.
-__device__ __forceinline__ void send(uint32_t to, uint32_t bar, int block, float value) {
-    asm volatile(
-        "{\n .reg .b32 there, count;\n mapa.shared::cluster.u32 there, %0, %2;\n mapa.shared::cluster.u32 count, %1, %2;\n"
-        " st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [count];\n}\n"
-        : : "r"(to), "r"(bar), "r"(block), "f"(value) : "memory");
-}
-// As bar_wait(), for what other blocks send.
-__device__ __forceinline__ void bar_wait_of_cluster(uint32_t bar, uint32_t parity) {
-    asm volatile(
-        "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-        " @!p bra again;\n}\n"
-        : : "r"(bar), "r"(parity) : "memory");
-}
-
 // Where a unit of 16 bytes of a row of UNITS lies in a box, as copies leave it: eight rows then meet no bank
 // conflict, but for ten units, where two meet.
 template <int UNITS>
