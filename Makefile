@@ -13,6 +13,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Half of the time would go into compiling modules that nobody imports; what is imported is compiled then, and kept.
+INSTALL := $(PIP) install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 CLI := $(BIN)/mamba-deploy
 DEMOS := tiny-mamba tiny-mamba2
 PACKAGES := exporters plugins runtime
@@ -25,12 +28,12 @@ venv: $(VENV)/.installed-test
 $(VENV)/.installed-test: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "error: Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "\nhint: make PYTHON=python3.12")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH)
-	$(PIP) install --quiet --editable '.[test]'
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable '.[test]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(PIP) install --quiet --editable '.[dev]'
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 demo: $(DEMOS:%=demo-%)
