@@ -49,8 +49,10 @@ def test_recorded_bits_per_byte_comes_out_of_onnx(bundle: Callable[..., Any], ch
     modules = held_out_modules(checkpoint)
     if not modules:
         pytest.skip("no held-out module of this Python is the one that was held out")
-    with Session.open(bundle(checkpoint.name, all_logits=True).path) as session:
-        for name, (content, recorded) in modules.items():
+    shortest = sorted(modules, key=lambda name: len(modules[name][0]))[:3]  # of many calls each; all take half a minute
+    with Session.open(bundle(checkpoint.name, all_logits=True).path, threads=1) as session:
+        for name in shortest:
+            content, recorded = modules[name]
             assert bits_per_byte(session, content) == pytest.approx(recorded, abs=1e-3), name
 
 
@@ -58,7 +60,7 @@ def test_generated_text_looks_like_python(bundle: Callable[..., Any], checkpoint
     """Most words it samples after a function's head are names of the standard library or the language's own."""
     library = Path(sysconfig.get_path("stdlib"))
     known = {word for path in library.glob("*.py") for word in path.read_text(errors="replace").split()}
-    with Session.open(bundle(checkpoint.name).path) as session:
+    with Session.open(bundle(checkpoint.name).path, threads=1) as session:
         tokens = session.generate("import os\n\n\ndef main(", max_tokens=400, temperature=0.7, top_p=0.95, seed=0)
         words = "".join(token.text for token in tokens).split()[:-1]
     assert len(words) > 20
