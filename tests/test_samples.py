@@ -18,9 +18,6 @@ from mamba_deploy import Session
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "samples"
 EXPORT, BATCH, STATE = (path.name for path in sorted(SAMPLES.glob("0[123]_*.py")))
-ON_GPU = pytest.param("tensorrt", marks=pytest.mark.gpu)
-CHECKPOINTS = pytest.mark.parametrize("name", ["tiny-mamba", "tiny-mamba2"])
-BACKENDS = pytest.mark.parametrize("backend", ["onnxruntime", ON_GPU])
 PROMPT = "import os\n\n\ndef main("  # of the first sample
 REPLY = re.compile(r"row (\d+): ('.*'|\".*\") -> ('.*'|\".*\")")
 PIECE = re.compile(r"(\d+) ('(?:\\.|[^'\\])*'|\"[^\"]*\")")
@@ -52,6 +49,10 @@ def skip_without_tensorrt() -> None:
         pytest.skip(f"needs a CUDA device: {error}")
 
 
+def on_gpu(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.gpu)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, str]]:
     """``exported(name, backend)``: the bundle that the first sample wrote, and what it printed."""
@@ -66,6 +67,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], t
             assert "DIFFERS" not in done.stderr
             made[name, backend] = out, done.stdout
         return made[name, backend]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def bundle_of(exported: Any, bundle: Callable[..., Any]) -> Callable[[str, str], Path]:
+    """``bundle_of(name, backend)``: what the other samples are given, of the first sample where that runs it."""
+
+    def of(name: str, backend: str) -> Path:
+        sample_runs_it = name == "tiny-mamba" or backend == "tensorrt"
+        return exported(name, backend)[0] if sample_runs_it else bundle(name).path
 
     return of
 
@@ -89,8 +101,12 @@ def text_of(session: Session, prompt: str, **options: Any) -> str:
     return "".join(map(str, session.generate(prompt, **options)))
 
 
-@CHECKPOINTS
-@BACKENDS
+# The first sample does with one checkpoint what it does with the other: on a CPU, where the second's export takes ten
+# seconds and is run by test_bundled_checkpoints.py, only with its default.
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("tiny-mamba", "onnxruntime"), on_gpu("tiny-mamba", "tensorrt"), on_gpu("tiny-mamba2", "tensorrt")],
+)
 def test_export_build_generate_prints_what_a_session_generates(
     exported: Any, opened: Callable[..., Session], name: str, backend: str
 ) -> None:
@@ -99,13 +115,19 @@ def test_export_build_generate_prints_what_a_session_generates(
     assert printed == f"{PROMPT}{text}\n"
 
 
-@CHECKPOINTS
-@BACKENDS
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    ("name", "backend", "rows"),
+    [
+        ("tiny-mamba", "onnxruntime", 1),
+        ("tiny-mamba", "onnxruntime", 8),
+        ("tiny-mamba2", "onnxruntime", 3),
+        *(on_gpu(name, "tensorrt", rows) for name in ("tiny-mamba", "tiny-mamba2") for rows in (1, 3, 8)),
+    ],
+)
 def test_stream_batch_gives_each_prompt_what_it_gets_alone(
-    exported: Any, opened: Callable[..., Session], name: str, backend: str, rows: int
+    bundle_of: Any, opened: Callable[..., Session], name: str, backend: str, rows: int
 ) -> None:
-    path, _ = exported(name, backend)
+    path = bundle_of(name, backend)
     lines = run(BATCH, "--bundle", path, "--backend", backend, "--rows", rows, "-n", 30).stdout.splitlines()
     session = opened(path, backend)
     streamed: dict[int, str] = {}  # by row, what came since its last reply
@@ -138,16 +160,16 @@ def test_stream_batch_gives_each_prompt_what_it_gets_alone(
     [
         ("tiny-mamba", "onnxruntime", "torch"),
         ("tiny-mamba2", "torch", "onnxruntime"),
-        pytest.param("tiny-mamba", "tensorrt", "onnxruntime", marks=pytest.mark.gpu),
-        pytest.param("tiny-mamba", "torch", "tensorrt", marks=pytest.mark.gpu),
-        pytest.param("tiny-mamba2", "tensorrt", "onnxruntime", marks=pytest.mark.gpu),
-        pytest.param("tiny-mamba2", "torch", "tensorrt", marks=pytest.mark.gpu),
+        on_gpu("tiny-mamba", "tensorrt", "onnxruntime"),
+        on_gpu("tiny-mamba", "torch", "tensorrt"),
+        on_gpu("tiny-mamba2", "tensorrt", "onnxruntime"),
+        on_gpu("tiny-mamba2", "torch", "tensorrt"),
     ],
 )
 def test_resumed_text_is_that_without_a_break(
-    exported: Any, opened: Callable[..., Session], tmp_path: Path, name: str, saver: str, resumer: str
+    bundle_of: Any, opened: Callable[..., Session], tmp_path: Path, name: str, saver: str, resumer: str
 ) -> None:
-    path, _ = exported(name, "tensorrt" if "tensorrt" in (saver, resumer) else "onnxruntime")
+    path = bundle_of(name, "tensorrt" if "tensorrt" in (saver, resumer) else "onnxruntime")
     source = SAMPLES / STATE
     state = tmp_path / "state.safetensors"
     run(STATE, "save", state, "--bundle", path, "--backend", saver)
@@ -156,8 +178,8 @@ def test_resumed_text_is_that_without_a_break(
     assert run(STATE, "resume", state, "--bundle", path, "--backend", resumer).stdout == f"def load({whole}\n"
 
 
-def test_state_remembers_the_text_that_was_read(exported: Any, tmp_path: Path) -> None:
-    path, _ = exported("tiny-mamba", "onnxruntime")
+def test_state_remembers_the_text_that_was_read(bundle_of: Any, tmp_path: Path) -> None:
+    path = bundle_of("tiny-mamba", "onnxruntime")
     state, source, prompt = tmp_path / "state", tmp_path / "source.py", "    x = "
     found = []
     for text in ("import zlib\n\n\ndef decompress(data):\n", "class Mailbox:\n    def lock(self):\n"):
