@@ -564,10 +564,14 @@ def wait_for(lines: Iterator[str], beginning: str) -> list[str]:
     pytest.fail(f"it ended without saying {beginning!r}: {''.join(seen)}")
 
 
+INT, TERM = (signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")
+
+
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")], ids=["INT", "TERM"]
+    ("step", "delay", "number", "code", "said"),
+    [("writing the ONNX graph", 0.5, *INT), ("writing the ONNX graph", 0.5, *TERM), ("asking PyTorch", 0.0, *INT)],
+    ids=["graph-INT", "graph-TERM", "answers-INT"],
 )
-@pytest.mark.parametrize(("step", "delay"), [("writing the ONNX graph", 0.5), ("asking PyTorch", 0.0)])
 def test_a_real_interrupt_leaves_nothing(
     step: str, delay: float, number: int, code: int, said: str, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -592,12 +596,12 @@ def test_a_real_interrupt_leaves_nothing(
 
 def test_a_really_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """No file may grow beyond 10 kB: the weights do not fit."""
-    done = process(
-        "export",
-        checkpoint,
-        tmp_path / "out",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        done = command("export", checkpoint, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_error(done, f"{tmp_path / 'out'} could not be written: [Errno 27] File too large", hint="free space")
     assert list(tmp_path.iterdir()) == []
 
