@@ -104,14 +104,16 @@ class Environment:
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     folder = tmp_path_factory.mktemp("clean")
     environment = Environment(folder / "venv", folder)
-    venv.create(folder / "venv", with_pip=True)
-    pip = ("-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet")
-    fetched = environment.python(*pip, "--retries", "1", "--timeout", "20", *PROJECT["dependencies"], check=False)
+    venv.create(folder / "venv")
+    pip = (sys.executable, "-m", "pip", "--python", environment.bin / "python", "--disable-pip-version-check")
+    install = (*pip, "--no-input", "install", "--quiet", "--no-compile")
+    fetch = (*install, "--retries", "1", "--timeout", "20", *PROJECT["dependencies"])
+    fetched = run(*fetch, cwd=folder, check=False)
     if fetched.returncode != 0:
         assert "No matching distribution" not in fetched.stderr or "Connection" in fetched.stderr, fetched.stderr
         pytest.skip(f"the package index is out of reach: {fetched.stderr.strip().splitlines()[-1]}")
-    environment.python(*pip, "--no-deps", "--no-index", wheel)
-    environment.python("-m", "pip", "check")
+    run(*install, "--no-deps", "--no-index", wheel, cwd=folder)
+    run(*pip, "check", cwd=folder)
     return environment
 
 
