@@ -436,12 +436,13 @@ def test_only_what_is_asked_for_gets_a_gradient(name):
     assert found.any()
 
 
+TWO_TOKENS = {"T": F32, "S": F32, "L": 2, "seq_lens": [2, 1]}  # the scans are traced token by token
 OPCHECK = [
     ("causal_conv1d", TINY["causal_conv1d"] | {"T": F32}),
     ("causal_conv1d", {"T": BF16, "L": 1, "bias": False}),
-    ("selective_scan", TINY["selective_scan"] | {"T": F32, "S": F32}),
+    ("selective_scan", TINY["selective_scan"] | TWO_TOKENS),
     ("selective_scan", {"T": F16, "L": 1, "skip": False, "gate": False}),
-    ("ssd_scan", TINY["ssd_scan"] | {"T": F32, "S": F32}),
+    ("ssd_scan", TINY["ssd_scan"] | TWO_TOKENS),
     ("ssd_scan", {"T": BF16, "L": 1, "H": 2, "G": 1, "skip": "HP"}),
 ]
 

@@ -253,7 +253,11 @@ def file_of_weights(path: Path, config: Any, dtype: str) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("name", ["mamba-2.8b", "mamba2-2.7b"])
+@pytest.mark.parametrize(
+    ("plugins", "name"),
+    [("load", "mamba-2.8b"), ("load", "mamba2-2.7b"), ("kernels", "mamba-2.8b")],  # which has more inputs
+    indirect=["plugins"],
+)
 def test_engines_of_64_layers(ask, plugins, tmp_path, name):
     """Hundreds of inputs and 129 outputs, of all of which TensorRT asks the plugin again and again."""
     from mamba_deploy.contract import Contract
