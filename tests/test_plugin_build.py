@@ -44,25 +44,28 @@ KERNELS = (
     "token.cu",
 )
 
-# An nvcc that writes into its log what it was asked for, and into each output what went in.
-NVCC = """#!{python} -IS
-import os, pathlib, sys, time
-folder = pathlib.Path(__file__).parent.parent
-arguments = sys.argv[1:]
-if "--version" in arguments:
-    print("nvcc: NVIDIA (R) Cuda compiler driver\\nCuda compilation tools, release {short}, V{version}")
-elif "--list-gpu-arch" in arguments:
-    print("\\n".join("compute_" + a for a in "{architectures}".split()))
-elif "--dryrun" in arguments:
-    print("#$ _HERE_=x\\n#$ TOP={top}")
-else:
-    with (folder / "log").open("a") as log:
-        log.write(" ".join(arguments) + "\\n")
-    out = arguments[arguments.index("-o") + 1]
-    behaviour = folder / pathlib.Path(out).name
-    if behaviour.exists():
-        exec(behaviour.read_text())
-    pathlib.Path(out).write_text("made by nvcc {version}: " + " ".join(arguments))
+# An nvcc that writes into its log what it was asked, and into each output what went in: in sh, which starts at once.
+NVCC = """#!/bin/sh
+folder='{top}'
+case " $* " in
+*" --version "*)
+    echo 'nvcc: NVIDIA (R) Cuda compiler driver'
+    echo 'Cuda compilation tools, release {short}, V{version}' ;;
+*" --list-gpu-arch "*)
+    for a in {architectures}; do echo "compute_$a"; done ;;
+*" --dryrun "*)
+    echo '#$ _HERE_=x'
+    echo "#$ TOP=$folder" ;;
+*)
+    echo "$*" >> "$folder/log"
+    words="$*"
+    while [ "$1" != -o ]; do shift; done
+    if [ -e "$folder/${{2##*/}}" ]; then
+        '{python}' -IS -c "import os, pathlib, sys, time
+exec(pathlib.Path(sys.argv[1]).read_text())" "$folder/${{2##*/}}" || exit
+    fi
+    printf %s "made by nvcc {version}: $words" > "$2" ;;
+esac
 """
 
 
@@ -735,7 +738,7 @@ def test_error_of_the_compiler_is_shown_and_nothing_stays(toolkit, sources, tmp_
 
 
 def test_end_of_the_output_is_shown_where_nothing_is_called_an_error(toolkit, sources):
-    program = "for i in range(50): print('line', i, flush=True)\nos.kill(os.getpid(), 9)"
+    program = "for i in range(50): print('line', i, flush=True)\nos.kill(os.getppid(), 9)"  # nvcc
     toolkit.when_writing("libmamba_kernels.so", program)
     with pytest.raises(PluginError) as caught:
         build.build("kernels", cuda=toolkit.folder)
