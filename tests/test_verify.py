@@ -635,7 +635,7 @@ OF_GRAPHS = {"seq_lens forgotten", "states of layers swapped", "state not carrie
 def test_planted_errors_are_caught_and_named(bundle: Bundles, kind: str, plant: str, tmp_path: Path) -> None:
     edit, expected = PLANTS[plant]
     path = planted(bundle(kind), tmp_path / "out", edit)
-    for how in HOWS:
+    for how in HOWS if kind == "mamba2" else HOWS[:2]:  # PyTorch takes longest, and reads weights alike for both
         report = report_of(path, how)
         if how == "torch" and plant in OF_GRAPHS:
             assert report.passed
@@ -856,7 +856,7 @@ def test_a_bundle_of_before_is_verified_without_its_layers(bundle: Bundles, tmp_
 
 
 def command(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+    return CliRunner().invoke(main, ["verify", "--threads", "1", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
