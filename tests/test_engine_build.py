@@ -134,13 +134,15 @@ def test_a_prompt_call_has_no_more_rows_than_a_step(out: Path) -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize("kind", ["mamba-one-layer", "mamba2-one-layer"])
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        pytest.param({"opset": 23}, marks=pytest.mark.slow),
-        pytest.param({"all_logits": True}, marks=pytest.mark.slow),
-        {"dtype": "bfloat16"},
+        ("mamba-one-layer", {"opset": 23}),
+        ("mamba2-one-layer", {"opset": 23}),
+        ("mamba", {"all_logits": True}),
+        ("mamba2", {"all_logits": True}),
+        ("mamba", {"dtype": "bfloat16"}),
+        ("mamba2", {"dtype": "bfloat16", "state_dtype": "bfloat16"}),
     ],
     ids=str,
 )
@@ -227,7 +229,7 @@ def test_an_engine_of_the_graphs_own_operators_on_demand(bundle: Bundles, tmp_pa
 def test_an_engine_is_little_larger_than_its_weights(tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=2, tie_word_embeddings=True)
+    config = transformers.MambaConfig(vocab_size=50280, hidden_size=512, num_hidden_layers=2, tie_word_embeddings=True)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     bundle = build_engine(export(tmp_path / "checkpoint", tmp_path / "out", dtype="float16").path, backend=RTX)
     weights = bundle.manifest["files"][WEIGHTS]["bytes"]
