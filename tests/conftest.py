@@ -34,7 +34,10 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 # A worker takes file after file: they end together where the longest do not come last.
-LONGEST = ("test_launches", "test_engine_build", "test_onnx_export", "test_verify", "test_plugin_build", "test_cli")
+LONGEST = (
+    *("test_launches", "test_engine_build", "test_onnx_export", "test_verify", "test_samples", "test_cli"),
+    *("test_session", "test_bundled_checkpoints", "test_plugin_build", "test_rtx"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
