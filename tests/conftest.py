@@ -27,10 +27,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """No workers beside a GPU, whose memory some tests look at; one for each core elsewhere."""
-    import torch
+    """No workers beside a GPU, whose memory some tests look at; one for each core elsewhere.
 
-    return 0 if torch.cuda.is_available() else None
+    Both cores wait for the answer: PyTorch is not imported for it.
+    """
+    from mamba_deploy.plugins.toolchain import gpu_architectures
+
+    return 0 if gpu_architectures() else None
 
 
 # A worker takes file after file: they end together where the longest do not come last.
