@@ -1063,15 +1063,15 @@ def play(data: st.DataObject, twin: Twin) -> None:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
-def test_any_sequence_of_calls(bundle: Bundles, kind: str, how: str, data: st.DataObject) -> None:
-    exported = bundle(kind)
-    max_chunk = data.draw(st.sampled_from([1, 2, 3, 512]), label="max_chunk")
-    with opened(exported.path, how, max_chunk=max_chunk) as session:
-        twin = Twin(session, oracle_of(exported.theirs))
-        for _ in range(data.draw(st.integers(1, 9), label="calls")):
-            play(data, twin)
-        if twin.histories:
-            twin.read([[1]] * len(twin.histories), step=True)  # shows what each row has read
+def test_any_sequence_of_calls(session: Session, oracle: Any, data: st.DataObject) -> None:
+    """Each from the start, in one session."""
+    session.reset()
+    session.max_chunk = data.draw(st.sampled_from([1, 2, 3, 512]), label="max_chunk")
+    twin = Twin(session, oracle)
+    for _ in range(data.draw(st.integers(1, 9), label="calls")):
+        play(data, twin)
+    if twin.histories:
+        twin.read([[1]] * len(twin.histories), step=True)  # shows what each row has read
 
 
 # --- without PyTorch ----------------------------------------------------------------------------------------------
