@@ -573,8 +573,10 @@ INT, TERM = (signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "")
     ids=["graph-INT", "graph-TERM", "answers-INT"],
 )
 def test_a_real_interrupt_leaves_nothing(
-    step: str, delay: float, number: int, code: int, said: str, checkpoint: Path, tmp_path: Path
+    step: str, delay: float, number: int, code: int, said: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
+    deep = tmp_path_factory.mktemp("deep")  # PyTorch's answers take seconds
+    checkpoint, _ = checkpoints.hugging_face(deep, "mamba2", num_hidden_layers=16)
     for attempt in range(5):  # where this process is held up, the export may end before the signal
         folder = tmp_path / str(attempt)
         folder.mkdir()
