@@ -40,7 +40,6 @@ from mamba_deploy.plugins.toolchain import (
     ptx_architecture,
     runs_on,
 )
-from mamba_deploy.versions import release
 
 __all__ = [
     "KERNEL_SOURCES",
@@ -365,7 +364,7 @@ def _compile(
     say(f"compiling {len(sources)} files for {shown} with nvcc {compiler.version}")
     jobs = []
     for source in sources:
-        cuda = [*_targets(source, compiler, architectures), f"--threads={threads}"] if source.endswith(".cu") else []
+        cuda = [*_targets(source, architectures), f"--threads={threads}"] if source.endswith(".cu") else []
         jobs.append(_Job(source, [*common, *cuda, "-c", "-o", f"{source}.o", str(SOURCES / source)]))
     _run(jobs, work, say)
     for library in product.libraries:
@@ -376,10 +375,9 @@ def _compile(
         _run([_Job(library.file, link)], work, say)
 
 
-def _targets(source: str, compiler: Compiler, architectures: Sequence[str]) -> list[str]:
+def _targets(source: str, architectures: Sequence[str]) -> list[str]:
     """Machine code for each architecture, each once, and PTX for newer ones."""
-    cuda = release(compiler.version)
-    code = dict.fromkeys(machine_architecture(source, a, cuda) for a in architectures)
+    code = dict.fromkeys(machine_architecture(source, a) for a in architectures)
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in code]
     if (newest := ptx_architecture(architectures)) is not None:
         targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mamba_deploy.errors import PluginError, require
 from mamba_deploy.plugins import cublas
 from mamba_deploy.plugins.build import PRODUCTS, SOURCES, cache_folder, sources_hash
-from mamba_deploy.plugins.toolchain import find_cuda_headers, machine_architecture
+from mamba_deploy.plugins.toolchain import HOPPER_CUDA, find_cuda_headers, machine_architecture
 
 __all__ = ["Device", "Gemm", "Launch", "Program", "compile_kernel", "current_device", "launch"]
 
@@ -218,7 +218,7 @@ def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
     _, nvrtc = _bindings()
     version = _nvrtc_call(None, nvrtc.nvrtcVersion())
     code = _code_architecture(architecture)
-    machine = machine_architecture(source, str(code), version)
+    machine = machine_architecture(source, str(code))
     target = f"sm_{machine}" if code == architecture else f"compute_{code}"
     headers = find_cuda_headers()
     key = (_kernel_sources(), source, kernel, target, version, _OPTIONS)
@@ -232,11 +232,13 @@ def compile_kernel(source: str, kernel: str, architecture: int) -> Program:
 
 @cache
 def _code_architecture(architecture: int) -> int:
-    """What NVRTC compiles for: an architecture, or the newest before it that it knows."""
+    """What NVRTC compiles for: an architecture, or the newest before it whose kernels it compiles."""
     _, nvrtc = _bindings()
-    known = [int(a) for a in _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs())]
+    version = _nvrtc_call(None, nvrtc.nvrtcVersion())
+    supported = map(int, _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs()))
+    known = [a for a in supported if a != 90 or version >= HOPPER_CUDA]
     if architecture < min(known):
-        numbers = ".".join(map(str, _nvrtc_call(None, nvrtc.nvrtcVersion())))
+        numbers = ".".join(map(str, version))
         raise PluginError(f"NVRTC {numbers} knows sm_{min(known)} and newer: this GPU is sm_{architecture}")
     return max(a for a in known if a <= architecture)
 

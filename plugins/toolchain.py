@@ -18,6 +18,7 @@ from mamba_deploy.versions import release
 
 __all__ = [
     "ARCHITECTURES",
+    "HOPPER_CUDA",
     "Compiler",
     "Headers",
     "Interface",
@@ -33,6 +34,8 @@ __all__ = [
 
 Interface = Literal["v2", "v3"]
 ARCHITECTURES = ("72", "75", "80", "86", "87", "89", "90", "100", "110", "120")  # where no GPU says otherwise
+# Older CUDA knows 9.0 but not all that kernels for it are written with (PTX 8.3); it has PTX of 8.9, which runs there.
+HOPPER_CUDA = (12, 3)
 _ROOT = Path("/")
 _OF_90A = ("rows.cu", "rows_product.cuh")  # a kernel with wgmma, by its launcher and by itself
 
@@ -42,7 +45,7 @@ class Compiler(NamedTuple):
 
     path: Path
     version: str
-    architectures: tuple[str, ...]  # "90", ascending
+    architectures: tuple[str, ...]  # "90", ascending; without those whose kernels it does not compile
     include: Path  # CUDA's headers
 
 
@@ -145,13 +148,16 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _describe_compiler(path: Path) -> Compiler:
-    release = re.search(r"\bV(\d+\.\d+\.\d+)", _output(path, "--version"))
-    if release is None:
+    found = re.search(r"\bV(\d+\.\d+\.\d+)", _output(path, "--version"))
+    if found is None:
         raise PluginError(f"{path} --version names no version: it is no nvcc")
+    version = found[1]
     architectures = set(re.findall(r"\bcompute_(\d+)\b", _output(path, "--list-gpu-arch")))
+    if release(version) < HOPPER_CUDA:
+        architectures.discard("90")
     top = re.search(r"^#\$ TOP=(.*)$", _output(path, "--dryrun", "-c", "none.cu", check=False), re.M)
     toolkit = Path(top[1]) if top else path.resolve().parent.parent  # on PATH there may be a script that calls nvcc
-    return Compiler(path, release[1], tuple(sorted(architectures, key=int)), (toolkit / "include").resolve())
+    return Compiler(path, version, tuple(sorted(architectures, key=int)), (toolkit / "include").resolve())
 
 
 def _output(program: Path, *arguments: str, check: bool = True) -> str:
@@ -280,15 +286,16 @@ def choose_architectures(given: Sequence[str], compiler: Compiler) -> tuple[str,
         if match is None or number not in compiler.architectures:
             known = ", ".join(f"sm_{a}" for a in compiler.architectures)
             raise PluginError(
-                f"nvcc {compiler.version} ({compiler.path}) knows no architecture {name!r}: expected {known}"
+                f"nvcc {compiler.version} ({compiler.path}) knows no architecture {name!r}: expected {known}",
+                hint="the kernels for sm_90 need CUDA 12.3 or newer" if number == "90" else "",
             )
         found.add(number + match[3])
     return tuple(sorted(found, key=lambda a: (int(a.rstrip("af")), a)))
 
 
-def machine_architecture(source: str, architecture: str, cuda: tuple[int, ...]) -> str:
-    """What machine code of a file is made for: 90 lacks wgmma, which 90a has, known from CUDA 12.0 on."""
-    return "90a" if architecture == "90" and source in _OF_90A and cuda >= (12, 0) else architecture
+def machine_architecture(source: str, architecture: str) -> str:
+    """What machine code of a file is made for: 90 lacks wgmma, which 90a has."""
+    return "90a" if architecture == "90" and source in _OF_90A else architecture
 
 
 def ptx_architecture(architectures: Sequence[str]) -> str | None:

@@ -1002,6 +1002,25 @@ def test_a_launch_is_cooperative_or_of_clusters_or_both():
 
 
 @pytest.mark.parametrize(
+    ("version", "known", "gpu", "expected"),
+    [
+        ((12, 2), (80, 89, 90), 90, 89),  # knows 9.0, not what the kernels for it need
+        ((12, 3), (80, 89, 90), 90, 90),
+        ((12, 3), (80, 89, 90), 120, 90),
+        ((11, 8), (80, 89, 90), 86, 80),
+    ],
+)
+def test_nvrtc_compiles_for_the_newest_architecture_before_a_gpu(monkeypatch, version, known, gpu, expected):
+    compiler = SimpleNamespace(
+        nvrtcResult=SimpleNamespace(NVRTC_SUCCESS=0),
+        nvrtcVersion=lambda: (0, *version),
+        nvrtcGetSupportedArchs=lambda: (0, list(known)),
+    )
+    monkeypatch.setattr(nvrtc, "_bindings", lambda: (None, compiler))
+    assert nvrtc._code_architecture.__wrapped__(gpu) == expected
+
+
+@pytest.mark.parametrize(
     ("of_driver", "of_nvrtc", "found", "pointer"),
     [
         (12010, (12, 1), 0, 1 << 40),

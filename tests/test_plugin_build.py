@@ -448,11 +448,10 @@ def test_kernels_are_compiled_for_each_architecture_and_linked(toolkit, sources)
 @pytest.mark.parametrize(
     ("version", "given", "expected"),
     [
-        ("12.0.76", ["sm_90"], ["90a,code=sm_90a", "90,code=compute_90"]),
+        ("12.3.107", ["sm_90"], ["90a,code=sm_90a", "90,code=compute_90"]),
         ("12.6.85", ["sm_90", "sm_90a"], ["90a,code=sm_90a", "90,code=compute_90"]),
         ("12.6.85", ["sm_90a"], ["90a,code=sm_90a"]),
         ("12.6.85", ["sm_87"], ["87,code=sm_87", "87,code=compute_87"]),
-        ("11.8.89", ["sm_90"], ["90,code=sm_90", "90,code=compute_90"]),
     ],
 )
 def test_what_wgmma_is_in_is_compiled_for_90a(toolkit, sources, version, given, expected):
@@ -467,9 +466,22 @@ def test_files_with_wgmma_are_those_compiled_for_90a():
     files = [*build.SOURCES.glob("*.cu"), *build.SOURCES.glob("*.cuh")]
     of_wgmma = {file.name for file in files if "wgmma.mma_async" in file.read_text(encoding="utf-8")}
     launchers = {file.name for file in files for name in of_wgmma if f'#include "{name}"' in file.read_text("utf-8")}
-    assert {file.name for file in files if toolchain.machine_architecture(file.name, "90", (12, 0)) == "90a"} == (
+    assert {file.name for file in files if toolchain.machine_architecture(file.name, "90") == "90a"} == (
         of_wgmma | launchers
     )
+
+
+@pytest.mark.parametrize("version", ["11.8.89", "12.2.140"])
+def test_older_cuda_compiles_for_hopper_from_what_came_before(toolkit, sources, monkeypatch, version):
+    toolkit.install(version, "80 86 89 90")
+    monkeypatch.setattr(toolchain, "gpu_architectures", lambda: ("90",))
+    made = build.build("kernels", cuda=toolkit.folder)
+    assert made.architectures == ("89",)
+    assert all("-gencode=arch=compute_89,code=compute_89" in call for call in toolkit.calls[:-1])
+    with pytest.raises(PluginError) as caught:
+        build.build("kernels", cuda=toolkit.folder, architectures=["sm_90"])
+    assert str(caught.value).endswith("knows no architecture 'sm_90': expected sm_80, sm_86, sm_89")
+    assert caught.value.hint == "the kernels for sm_90 need CUDA 12.3 or newer"
 
 
 def test_without_a_gpu_all_usual_architectures_are_compiled(toolkit, sources):
