@@ -1052,9 +1052,8 @@ def test_tensor_maps_need_a_driver_and_an_nvrtc_that_know_large_arguments(
 @pytest.mark.parametrize(
     ("version", "source", "architecture", "target"),
     [
-        ((12, 0), "rows_product.cuh", 90, "sm_90a"),
+        ((12, 3), "rows_product.cuh", 90, "sm_90a"),
         ((13, 0), "rows_product.cuh", 90, "sm_90a"),
-        ((11, 8), "rows_product.cuh", 90, "sm_90"),
         ((12, 6), "rows_product.cuh", 100, "compute_90"),
         ((12, 6), "rows_product.cuh", 87, "sm_87"),
         ((13, 0), "token.cuh", 90, "sm_90"),
