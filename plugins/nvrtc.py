@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mamba_deploy.errors import PluginError, require
 from mamba_deploy.plugins import cublas
 from mamba_deploy.plugins.build import PRODUCTS, SOURCES, cache_folder, sources_hash
-from mamba_deploy.plugins.toolchain import HOPPER_CUDA, find_cuda_headers, machine_architecture
+from mamba_deploy.plugins.toolchain import compiled_architectures, find_cuda_headers, machine_architecture
 
 __all__ = ["Device", "Gemm", "Launch", "Program", "compile_kernel", "current_device", "launch"]
 
@@ -235,11 +235,10 @@ def _code_architecture(architecture: int) -> int:
     """What NVRTC compiles for: an architecture, or the newest before it whose kernels it compiles."""
     _, nvrtc = _bindings()
     version = _nvrtc_call(None, nvrtc.nvrtcVersion())
-    supported = map(int, _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs()))
-    known = [a for a in supported if a != 90 or version >= HOPPER_CUDA]
-    if architecture < min(known):
+    known = compiled_architectures(map(int, _nvrtc_call(None, nvrtc.nvrtcGetSupportedArchs())), version)
+    if architecture < known[0]:
         numbers = ".".join(map(str, version))
-        raise PluginError(f"NVRTC {numbers} knows sm_{min(known)} and newer: this GPU is sm_{architecture}")
+        raise PluginError(f"NVRTC {numbers} knows sm_{known[0]} and newer: this GPU is sm_{architecture}")
     return max(a for a in known if a <= architecture)
 
 

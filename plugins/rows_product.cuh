@@ -19,8 +19,7 @@ constexpr int kThreads = 384;            // one warp brings stages, the first wa
 constexpr int kSplit = 2;                // blocks of a cluster, which share columns and split inputs
 constexpr int kMostStages = 10;
 constexpr int kBarBytes = 24;            // a stage's barriers: its weights are there; its x is; it is done with
-// Stages of weights on their way at once, from so many rows on: more would queue, and other reads behind them.
-constexpr int kAheadFrom = 16;
+constexpr int kAheadFrom = 16;           // rows, from which on not all slots' weights are asked for at once
 
 template <typename T>
 constexpr bool kIsHalf = false;
@@ -34,7 +33,7 @@ struct Tile {
     static constexpr int kBox = 2 * kInputs * 64;  // bytes, of x and of weights alike
     static constexpr int kWeights = 2 * kInputs * COLUMNS, kStage = kWeights + TILES * kBox;
     static constexpr int kFit = (kHopperShared - 1024) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
-    static constexpr int kAhead = COLUMNS > 64 ? 2 : 3;
+    static constexpr int kAhead = COLUMNS > 64 ? 2 : 3;  // stages of weights then: more would queue, and other reads behind
     static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
     static constexpr int kBars = kStages * kStage, kSumsBar = kBars + kBarBytes * kStages, kBytes = kSumsBar + 8;
     // Threads that registers are shared out to: so few each, where that will do, that a block of a norm has some too.
@@ -168,6 +167,7 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         bar_wait(bars + kBarBytes * slot, parity);
         bar_wait(bars + kBarBytes * slot + 8, parity);
         products_begin();
+        // Without the bits that say which block of the cluster it is: they would fall into the distances.
         const uint32_t at = shared_by_warp((ring + slot * Own::kStage) & 0x3FFFF), x = at + Own::kWeights + tile * Own::kBox;
 #pragma unroll
         for (int k = 0; k < kInputs / 16; k++) {

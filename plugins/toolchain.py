@@ -18,11 +18,11 @@ from mamba_deploy.versions import release
 
 __all__ = [
     "ARCHITECTURES",
-    "HOPPER_CUDA",
     "Compiler",
     "Headers",
     "Interface",
     "choose_architectures",
+    "compiled_architectures",
     "find_compiler",
     "find_cuda_headers",
     "find_headers",
@@ -35,7 +35,7 @@ __all__ = [
 Interface = Literal["v2", "v3"]
 ARCHITECTURES = ("72", "75", "80", "86", "87", "89", "90", "100", "110", "120")  # where no GPU says otherwise
 # Older CUDA knows 9.0 but not all that kernels for it are written with (PTX 8.3); it has PTX of 8.9, which runs there.
-HOPPER_CUDA = (12, 3)
+_HOPPER_CUDA = (12, 3)
 _ROOT = Path("/")
 _OF_90A = ("rows.cu", "rows_product.cuh")  # a kernel with wgmma, by its launcher and by itself
 
@@ -151,13 +151,11 @@ def _describe_compiler(path: Path) -> Compiler:
     found = re.search(r"\bV(\d+\.\d+\.\d+)", _output(path, "--version"))
     if found is None:
         raise PluginError(f"{path} --version names no version: it is no nvcc")
-    version = found[1]
-    architectures = set(re.findall(r"\bcompute_(\d+)\b", _output(path, "--list-gpu-arch")))
-    if release(version) < HOPPER_CUDA:
-        architectures.discard("90")
+    known = {int(a) for a in re.findall(r"\bcompute_(\d+)\b", _output(path, "--list-gpu-arch"))}
+    architectures = tuple(map(str, compiled_architectures(known, release(found[1]))))
     top = re.search(r"^#\$ TOP=(.*)$", _output(path, "--dryrun", "-c", "none.cu", check=False), re.M)
     toolkit = Path(top[1]) if top else path.resolve().parent.parent  # on PATH there may be a script that calls nvcc
-    return Compiler(path, version, tuple(sorted(architectures, key=int)), (toolkit / "include").resolve())
+    return Compiler(path, found[1], architectures, (toolkit / "include").resolve())
 
 
 def _output(program: Path, *arguments: str, check: bool = True) -> str:
@@ -254,6 +252,11 @@ def gpu_architectures() -> tuple[str, ...]:
     return tuple(sorted(found, key=int))
 
 
+def compiled_architectures(known: Iterable[int], cuda: tuple[int, ...]) -> tuple[int, ...]:
+    """Of those that a compiler of a version of CUDA knows the ones whose kernels it compiles, ascending."""
+    return tuple(sorted(a for a in known if a != 90 or cuda >= _HOPPER_CUDA))
+
+
 def _default_architectures(compiler: Compiler) -> tuple[str, ...]:
     """Those of this machine's GPUs, or without a GPU all of ours that the compiler knows.
 
@@ -287,7 +290,7 @@ def choose_architectures(given: Sequence[str], compiler: Compiler) -> tuple[str,
             known = ", ".join(f"sm_{a}" for a in compiler.architectures)
             raise PluginError(
                 f"nvcc {compiler.version} ({compiler.path}) knows no architecture {name!r}: expected {known}",
-                hint="the kernels for sm_90 need CUDA 12.3 or newer" if number == "90" else "",
+                hint="the kernels for sm_90 need CUDA {}.{} or newer".format(*_HOPPER_CUDA) if number == "90" else "",
             )
         found.add(number + match[3])
     return tuple(sorted(found, key=lambda a: (int(a.rstrip("af")), a)))

@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_xdist_auto_num_workers() -> int | None:
     """No workers beside a GPU, whose memory some tests look at; one for each core elsewhere.
 
-    Both cores wait for the answer: PyTorch is not imported for it.
+    All cores wait for the answer: PyTorch is not imported for it.
     """
     from mamba_deploy.plugins.toolchain import gpu_architectures
 
