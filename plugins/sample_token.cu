@@ -84,7 +84,18 @@ struct Row {
     // Calls use(logit, id), for a thread in ascending order of the ids.
     template <typename Use>
     __device__ __forceinline__ void each(Use&& use) const {
-        for (int first = begin + static_cast<int>(threadIdx.x % 32) * 4; first < end; first += 128 * kAhead) {
+        int first = begin + static_cast<int>(threadIdx.x % 32) * 4;
+        for (; first >= 0 && first + 128 * kAhead <= end; first += 128 * kAhead) {  // has() all of them
+            float4 four[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) four[i] = __ldg(reinterpret_cast<const float4*>(logits + first + 128 * i));
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) {
+                const int id = first + 128 * i;
+                use(four[i].x, id), use(four[i].y, id + 1), use(four[i].z, id + 2), use(four[i].w, id + 3);
+            }
+        }
+        for (; first < end; first += 128 * kAhead) {
             float four[kAhead][4];
 #pragma unroll
             for (int i = 0; i < kAhead; i++) load(first + 128 * i, four[i]);
@@ -150,14 +161,15 @@ __device__ __forceinline__ Sum scan_block(Sum value, Shared& shared) {
 
 // The greatest logit in the high half, and in the low half ~id of the first that has it; 0 where one is not finite.
 __device__ Sum find_highest(const Row& row, Shared& shared) {
-    unsigned key = 0, id = 0;
-    bool finite = true;
+    float highest = __int_as_float(0xff800000);  // of the thread; -inf
+    unsigned largest = 0;  // bits of the greatest magnitude
+    int id = 0;
     row.each([&](float logit, int at) {
-        finite = finite && (__float_as_uint(logit) & 0x7f800000u) != 0x7f800000u;
-        const unsigned own = key_of(logit);
-        if (own > key) key = own, id = ~static_cast<unsigned>(at);
+        largest = max(largest, __float_as_uint(logit) & 0x7fffffffu);
+        if (logit > highest) highest = logit, id = at;
     });
-    Sum best = Sum{key} << 32 | id;
+    const bool finite = largest < 0x7f800000u;
+    Sum best = Sum{key_of(highest)} << 32 | ~static_cast<unsigned>(id);
     const auto reduce = [&] {
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {
