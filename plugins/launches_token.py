@@ -18,7 +18,8 @@ __all__ = ["is_token", "token_of_row", "workspace_bytes"]
 
 _WARPS, _IN_ROWS, _COLUMNS, _BOX_COLUMNS = 16, 256, 256, 64
 _MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN = 32, 128, 4096, 80, 1024
-_UNITS = (2, 3, 4, 5, 8)  # of 8 channels of a block, for which there are kernels
+_UNITS, _SUM_UNITS = (4, 5, 8), 4  # of 8 channels of a block, for which there are kernels
+_PARTS_FROM = 2048  # width from which on blocks pass each other parts of sums; below they add to sums
 _TABLE_LAYERS, _TABLE_BLOCKS, _TABLE_THREADS = 40, 128, 256
 
 
@@ -33,16 +34,16 @@ class _TokenLayer(ctypes.Structure):
 class _Token(ctypes.Structure):
     _fields_ = [
         *((n, c_int32) for n in "layers width inner low rank heads head_dim vocab state_dtype".split()),
-        *((n, c_int32) for n in "skip_per_channel own_width width_factor own_low low_factor part".split()),
+        *((n, c_int32) for n in "skip_per_channel own_width width_factor own_low low_factor part layer_sums".split()),
         *((n, c_int32) for n in ("slot_bytes", "slots")),
         *((n, c_float) for n in ("eps", "norm_eps", "dt_min", "dt_max")),
-        *((n, c_void_p) for n in "input_ids seq_lens embedding each low_parts lows parts stream hidden".split()),
+        *((n, c_void_p) for n in "input_ids seq_lens embedding each sums low_parts lows parts stream hidden".split()),
     ]
 
 
 def is_token(c: Any, device: Device) -> bool:
     """Whether a call of MambaModel is one row's token that one kernel can do, and does faster than the chain."""
-    if not _are_sizes(c) or (c.heads and c.width < 1024) or not _are_aligned(c):
+    if not _are_sizes(c) or not _are_aligned(c):
         return False
     return has_bulk_copies(device) and _units(c, device.multiprocessors) > 0
 
@@ -51,22 +52,22 @@ def workspace_bytes(call: Any) -> int:
     """As ``token_workspace`` in C++: whatever the batch and length, and the device."""
     c = type(call).from_buffer_copy(call)
     c.batch = c.length = 1
-    cuts = [_cut(c, units) for units in _UNITS if _are_sizes(c) and _is_cut(c, units)]
-    return max((_place(a, 0) for a in cuts), default=0)
+    units = [units for units in _UNITS if _are_sizes(c) and _is_cut(c, units)]
+    return max((_place(_cut(c, u), c.inner // (8 * u), 0) for u in units), default=0)
 
 
 def token_of_row(c: Any, workspace: int, device: Device) -> list[Launch]:
     """As the launcher in ``token.cu``: c is the struct of MambaModel, workspace an address."""
     units = _units(c, device.multiprocessors)
-    a = _cut(c, units)
-    _place(a, workspace)
+    a, blocks = _cut(c, units), c.inner // (8 * units)
+    _place(a, blocks, workspace)
     ring = _ring_begin(a) + _SLOT_ALIGN
     a.slots = min((device.shared_bytes - _own_bytes(8 * units) - ring) // a.slot_bytes, _MOST_SLOTS)
-    name = kernel_name("token", "token_kernel", TYPES[c.dtype], bool(c.heads), units)
+    name = kernel_name("token", "token_kernel", TYPES[c.dtype], bool(c.heads), units, a.layer_sums > 0)
     shared = ring + a.slots * a.slot_bytes
     return [
         *_tables(c, a, 8 * units, device.encode_map),
-        Launch("token.cuh", name, (_blocks(a),), (32 * (_WARPS + 1),), shared, (a,), _cluster(units), True),
+        Launch("token.cuh", name, (blocks,), (32 * (_WARPS + 1),), shared, (a,), _cluster(units), True),
         *head(head_of(c, a.hidden), 0, device),
     ]
 
@@ -93,21 +94,33 @@ def _layers(c: Any) -> Any:
     return (MambaLayer * c.layers).from_address(c.each)
 
 
+def _adds_to_sums(c: Any) -> bool:
+    return bool(c.width < _PARTS_FROM)
+
+
 def _units(c: Any, multiprocessors: int) -> int:
-    """The fewest with which all blocks fit on the device at once, unless they leave a third of it empty; or 0."""
+    """The fewest with which all blocks fit on the device at once, unless they leave a third of it empty; or 0.
+
+    Blocks that add to sums are fast where they are few.
+    """
     for units in _UNITS:
         blocks = c.inner // (8 * units)
         if blocks <= multiprocessors and _is_cut(c, units):
-            return units if 3 * blocks >= 2 * multiprocessors else 0
+            return units if _adds_to_sums(c) or 3 * blocks >= 2 * multiprocessors else 0
     return 0
 
 
 def _is_cut(c: Any, units: int) -> bool:
     own = 8 * units
     blocks = c.inner // own
-    if c.inner % own or blocks == 0 or blocks % _WARPS or blocks > _MOST_BLOCKS or c.width % (2 * blocks):
+    if c.inner % own or blocks == 0 or blocks > _MOST_BLOCKS:
         return False
     a = _cut(c, units)
+    if _adds_to_sums(c):
+        is_split = not c.heads or (c.width % (2 * blocks) == 0 and a.own_width <= own)
+        return bool(units == _SUM_UNITS and a.low <= 32 * _WARPS and is_split)
+    if blocks % _WARPS or c.width % (2 * blocks):
+        return False
     return bool(a.part <= 32 and a.own_low <= 2 * _WARPS)
 
 
@@ -117,10 +130,11 @@ def _cut(c: Any, units: int) -> _Token:
     blocks = c.inner // own
     low = c.outputs - 2 * c.inner if c.heads else c.rank + 2 * c.state_size
     own_width, own_low = c.width // blocks, ceil_div(ceil_div(low, blocks), 2) * 2
+    layer_sums = low + c.width + (c.width // 32 if c.heads else 0)
     return _Token(
         c.layers, c.width, c.inner, low, c.rank, c.heads, c.head_dim, c.vocab, c.state_dtype, c.skip_per_channel,
         own_width, ceil_div(1 << 32, own_width), own_low, ceil_div(1 << 32, own_low),
-        part=own_width + (2 if c.heads else 0),
+        part=own_width + (2 if c.heads else 0), layer_sums=layer_sums if _adds_to_sums(c) else 0,
         slot_bytes=512 * max(own, ceil_div(own_width, 8) * 8 if c.heads else 0),
         eps=c.eps, norm_eps=c.norm_eps, dt_min=c.dt_min, dt_max=c.dt_max,
         input_ids=c.input_ids, seq_lens=c.seq_lens, embedding=c.embedding,
@@ -132,22 +146,19 @@ def _cluster(units: int) -> int:
     return 2 if units == 5 else 1
 
 
-def _blocks(a: _Token) -> int:
-    return int(a.width // a.own_width)
-
-
 # --- places
 
 
-def _place(a: _Token, workspace: int) -> int:
-    """Sets the addresses in the workspace; gives the bytes of it. Words lie from low_parts to hidden."""
-    blocks, at = _blocks(a), workspace
+def _place(a: _Token, blocks: int, workspace: int) -> int:
+    """Sets the addresses in the workspace; gives the bytes of it. What begins as zeros lies from sums to hidden."""
+    at, parts = workspace, a.layer_sums == 0
     for name, size in (
         ("each", a.layers * ctypes.sizeof(_TokenLayer)),
-        ("low_parts", 8 * ceil_div(a.low, a.own_low) * blocks * a.own_low),
-        ("lows", 8 * a.low),
-        ("parts", 8 * blocks * blocks * a.part),
-        ("stream", 8 * a.width),
+        ("sums", 8 * a.layers * a.layer_sums),
+        ("low_parts", 8 * ceil_div(a.low, a.own_low) * blocks * a.own_low * parts),
+        ("lows", 8 * a.low * parts),
+        ("parts", 8 * blocks * blocks * a.part * parts),
+        ("stream", 8 * a.width * parts),
         ("hidden", 4 * a.width),
     ):
         setattr(a, name, at)
@@ -157,13 +168,15 @@ def _place(a: _Token, workspace: int) -> int:
 
 def _ring_begin(a: _Token) -> int:
     """In dynamic shared memory: as in Places."""
-    low = ceil_div(2 * a.width, 16) * 16
-    return ceil_div(low + 4 * a.low, 8) * 8 + int(a.layers) * ctypes.sizeof(MambaLayer)
+    low = ceil_div(2 * a.width, 16) * 16 + 4 * a.low
+    if a.layer_sums:
+        low += 4 * a.width + (6 * (a.low - a.heads) if a.heads else 0)
+    return ceil_div(low, 8) * 8 + int(a.layers) * ctypes.sizeof(MambaLayer)
 
 
 def _own_bytes(own: int) -> int:
     """Of static shared memory: as Own."""
-    floats = _WARPS * (own + 64 + 1) + 6 * own
+    floats = _WARPS * (2 * own + 1) + 6 * own
     return 8 * (2 * _MOST_SLOTS + 2) + 4 * floats + 2 * (own + _COLUMNS)
 
 
@@ -172,15 +185,15 @@ def _own_bytes(own: int) -> int:
 
 def _tables(c: Any, a: _Token, own: int, encode: Any) -> list[Launch]:
     found, layers, tables = [], _layers(c), ceil_div(c.layers, _TABLE_LAYERS)
-    words = (a.hidden - a.low_parts) // 16  # that a kernel sets two at a time
+    zeros = (a.hidden - a.sums) // 16  # that a kernel sets 16 bytes at a time
     for i in range(tables):
         first = i * _TABLE_LAYERS
         given, table = layers[first : first + _TABLE_LAYERS], (_TokenLayer * _TABLE_LAYERS)()
         for to, layer in zip(table, given, strict=False):
             _fill(to, layer, c, a, own, encode)
         target = c_void_p(a.each + first * ctypes.sizeof(_TokenLayer))
-        part = (c_int64(words * i // tables), c_int64(words * (i + 1) // tables))
-        arguments = (table, c_int32(len(given)), target, c_void_p(a.low_parts), *part)
+        part = (c_int64(zeros * i // tables), c_int64(zeros * (i + 1) // tables))
+        arguments = (table, c_int32(len(given)), target, c_void_p(a.sums), *part)
         name = "mamba::token::token_table_kernel"
         found.append(Launch("token.cuh", name, (_TABLE_BLOCKS,), (_TABLE_THREADS,), 0, arguments))
     return found

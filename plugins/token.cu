@@ -19,13 +19,15 @@ using token::LayerTable;
 using token::Token;
 using token::TokenLayer;
 
-constexpr int kUnits[] = {2, 3, 4, 5, 8};  // of 8 channels of a block, for which there are kernels
+constexpr int kUnits[] = {4, 5, 8}, kSumUnits = 4;  // of 8 channels of a block, for which there are kernels
 constexpr int kTableBlocks = 128, kTableThreads = 256;
 constexpr int kMostLayers = 80;     // whose pointers leave room in it for five slots of any size
 
 int64_t even(int64_t v) { return (v + 1) / 2 * 2; }
 
 uint32_t factor_of(uint32_t divisor) { return static_cast<uint32_t>(((uint64_t{1} << 32) + divisor - 1) / divisor); }
+
+bool adds_to_sums(const MambaModel& c) { return c.width < token::kPartsFrom; }
 
 // What follows from the sizes and the channels of a block.
 Token cut(const MambaModel& c, int units) {
@@ -38,6 +40,7 @@ Token cut(const MambaModel& c, int units) {
     a.own_width = c.width / blocks, a.width_factor = factor_of(a.own_width);
     a.own_low = even(ceil_div(a.low, blocks)), a.low_factor = factor_of(a.own_low);
     a.part = a.own_width + (is_mamba2(c) ? 2 : 0);
+    if (adds_to_sums(c)) a.layer_sums = a.low + c.width + (is_mamba2(c) ? c.width / 32 : 0);
     a.slot_bytes = 512 * std::max<int>(8 * units, is_mamba2(c) ? ceil_div(a.own_width, 8) * 8 : 0);
     a.eps = c.eps, a.norm_eps = c.norm_eps, a.dt_min = c.dt_min, a.dt_max = c.dt_max;
     a.input_ids = c.input_ids, a.seq_lens = c.seq_lens, a.embedding = c.embedding;
@@ -47,8 +50,13 @@ Token cut(const MambaModel& c, int units) {
 // Whether channels can be cut so.
 bool is_cut(const MambaModel& c, int units) {
     const int own = 8 * units, blocks = c.inner / own;
-    if (c.inner % own != 0 || blocks == 0 || blocks % token::kWarps != 0 || blocks > token::kMostBlocks) return false;
-    if (c.width % blocks != 0 || c.width / blocks % 2 != 0) return false;
+    if (c.inner % own != 0 || blocks == 0 || blocks > token::kMostBlocks) return false;
+    if (adds_to_sums(c)) {  // own_width: for more a slot would be larger, and slots too few for those that are held
+        const Token a = cut(c, units);
+        return units == kSumUnits && a.low <= token::kThreads &&
+               (!is_mamba2(c) || (c.width % (2 * blocks) == 0 && a.own_width <= 8 * units));
+    }
+    if (blocks % token::kWarps != 0 || c.width % blocks != 0 || c.width / blocks % 2 != 0) return false;
     const Token a = cut(c, units);
     return a.part <= 32 && a.own_low <= 2 * token::kWarps;
 }
@@ -63,10 +71,12 @@ bool are_token_sizes(const MambaModel& c) {
 }
 
 // Units of a block, the fewest with which all blocks fit on the device at once, unless they leave a third of it empty; or 0.
+// Blocks that add to sums are fast where they are few.
 int units_of(const MambaModel& c, int multiprocessors) {
     for (const int units : kUnits) {
         const int blocks = c.inner / (8 * units);
-        if (blocks <= multiprocessors && is_cut(c, units)) return 3 * blocks >= 2 * multiprocessors ? units : 0;
+        if (blocks > multiprocessors || !is_cut(c, units)) continue;
+        return adds_to_sums(c) || 3 * blocks >= 2 * multiprocessors ? units : 0;
     }
     return 0;
 }
@@ -84,21 +94,23 @@ bool are_aligned(const MambaModel& c) {
     });
 }
 
-// Takes places in the workspace, from its start on; words are side by side.
+// Takes places in the workspace, from its start on; what begins as zeros is side by side.
 struct Workspace {
     TokenLayer* each;
-    size_t words, words_end, bytes;
+    size_t zeros, zeros_end, bytes;
 
     Workspace(Token& a, int blocks, void* workspace) {
         Room room{workspace};
         const auto take_words = [&](int64_t count) { return static_cast<uint64_t*>(room.take(8 * count)); };
+        const bool parts = a.layer_sums == 0;
         a.each = each = static_cast<TokenLayer*>(room.take(a.layers * sizeof(TokenLayer)));
-        words = room.bytes;
-        a.low_parts = take_words(ceil_div(a.low, a.own_low) * blocks * a.own_low);
-        a.lows = take_words(a.low);
-        a.parts = take_words(int64_t{blocks} * blocks * a.part);
-        a.stream = take_words(a.width);
-        words_end = room.bytes;
+        zeros = room.bytes;
+        a.sums = take_words(int64_t{a.layers} * a.layer_sums);
+        a.low_parts = take_words(parts ? ceil_div(a.low, a.own_low) * blocks * a.own_low : 0);
+        a.lows = take_words(parts ? a.low : 0);
+        a.parts = take_words(parts ? int64_t{blocks} * blocks * a.part : 0);
+        a.stream = take_words(parts ? a.width : 0);
+        zeros_end = room.bytes;
         a.hidden = static_cast<float*>(room.take(4 * a.width));
         bytes = room.bytes;
     }
@@ -120,9 +132,9 @@ bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaL
 }
 
 // All blocks run at once, those of a cluster side by side, or the launch is refused.
-template <typename T, bool MAMBA2, int UNITS>
+template <typename T, bool MAMBA2, int UNITS, bool SUMS>
 cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
-    const auto kernel = token::token_kernel<T, MAMBA2, UNITS>;
+    const auto kernel = token::token_kernel<T, MAMBA2, UNITS, SUMS>;
     Token a = given;
     const int ring = token::Places(a).ring + token::kSlotAlign, fixed = sizeof(token::Own<T, 8 * UNITS>);
     a.slots = std::min((limit - fixed - ring) / a.slot_bytes, token::kMostSlots);
@@ -141,20 +153,19 @@ cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
 
 template <typename T, bool MAMBA2>
 cudaError_t start(const Token& a, int units, int limit, cudaStream_t stream) {
+    if (a.layer_sums > 0) return start<T, MAMBA2, kSumUnits, true>(a, limit, stream);
     switch (units) {
-        case 2: return start<T, MAMBA2, 2>(a, limit, stream);
-        case 3: return start<T, MAMBA2, 3>(a, limit, stream);
-        case 4: return start<T, MAMBA2, 4>(a, limit, stream);
-        case 5: return start<T, MAMBA2, 5>(a, limit, stream);
-        default: return start<T, MAMBA2, 8>(a, limit, stream);
+        case 4: return start<T, MAMBA2, 4, false>(a, limit, stream);
+        case 5: return start<T, MAMBA2, 5, false>(a, limit, stream);
+        default: return start<T, MAMBA2, 8, false>(a, limit, stream);
     }
 }
 
 }  // namespace
 
-// On compute capability 9.0, where it was measured, it is faster but for Mamba-2 of d below 1024.
+// On compute capability 9.0, where it was measured, it is faster.
 bool is_token(const MambaModel& c) {
-    if (!are_token_sizes(c) || (is_mamba2(c) && c.width < 1024) || !are_aligned(c)) return false;
+    if (!are_token_sizes(c) || !are_aligned(c)) return false;
     Device device;
     return device.read(token::token_table_kernel) == cudaSuccess && has_bulk_copies(device) &&
            units_of(c, device.multiprocessors) > 0;
@@ -181,8 +192,8 @@ cudaError_t token_of_row(const MambaModel& c, void* workspace, cudaStream_t stre
     const int units = units_of(c, device.multiprocessors);
     Token a = cut(c, units);
     const Workspace at(a, c.inner / (8 * units), workspace);
-    uint4* const words = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + at.words);
-    const int64_t all = (at.words_end - at.words) / sizeof(uint4);
+    uint4* const zeros = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + at.zeros);
+    const int64_t all = (at.zeros_end - at.zeros) / sizeof(uint4);
     const int tables = static_cast<int>(ceil_div(c.layers, token::kTableLayers));
     for (int i = 0; i < tables; i++) {
         LayerTable table{};
@@ -191,7 +202,7 @@ cudaError_t token_of_row(const MambaModel& c, void* workspace, cudaStream_t stre
             if (!make_layer(encode, table.each[j], c, c.each[first + j], a, 8 * units)) return cudaErrorInvalidValue;
         }
         token::token_table_kernel<<<kTableBlocks, kTableThreads, 0, stream>>>(
-            table, count, at.each + first, words, all * i / tables, all * (i + 1) / tables);
+            table, count, at.each + first, zeros, all * i / tables, all * (i + 1) / tables);
         error = cudaGetLastError();
         if (error != cudaSuccess) return error;
     }

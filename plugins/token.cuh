@@ -1,23 +1,25 @@
 // One row's token through all layers in one kernel: MambaModel without its head, for compute capability 9.0.
 //
 // A block, alone on its multiprocessor, has some channels of every layer. Their columns of in_proj, their rows of out_proj
-// and their states meet no other block, so a layer has four exchanges between blocks, of which two pass behind in_proj:
+// and their states meet no other block, so a layer has two sums over blocks, of which one passes behind in_proj:
 //     x, normed by every block -> own columns of in_proj for x, convolution
-//     own rows of x_proj       -> sums over blocks -> dt's input, B and C, for all, while every block has own columns for z
+//     own rows of x_proj       -> sums -> dt's input, B and C, for all, while every block has own columns for z
 //     (Mamba-2: own rows of in_proj's columns for B, C and dt, before the own columns)
-//     scan of own channels, own rows of out_proj -> sums over blocks -> x of the next layer, for all
-// What is exchanged passes through the L2 cache in words of a float and the number of its layer. Who needs a word waits for
-// its number, so there is no barrier of the grid, and no word is written again before what follows from it has been read.
-// All sums have a fixed order. Where blocks are clusters of two (cluster_of()), each has half of the inputs of both's x and z,
-// and sends the other's sums to its shared memory.
+//     scan of own channels, own rows of out_proj -> sums -> the residual stream, for all
+// There is no barrier of the grid: who needs a word waits for its number (token_words.cuh). In small models (SUMS) blocks add
+// to integers in the L2 cache, of which each layer has its own, and every block does what follows a sum. Adding costs that
+// cache more than storing. So in larger ones blocks write their shares for the block that has this part of the sums, which
+// does what follows and writes the result for all; no word is written again before what follows from it has been read. All
+// sums have a fixed order, or need none. Where blocks are clusters of two (cluster_of()), each has half of the inputs of
+// both's x and z, and sends the other's sums to its shared memory.
 //
 // One more warp brings weights to a ring in shared memory, up to a third of a layer ahead, and never pauses for an
-// exchange: that is what this kernel gains over one kernel for each part. samples/results/step.txt, 42 to 46, has what was
-// measured on the way.
+// exchange: that is what this kernel gains over one kernel for each part. samples/results/step.txt, 42 to 51 and 69 to 78, has
+// what was measured on the way.
 #pragma once
 
 #include "selective_update.cuh"
-#include "ssd_common.cuh"
+#include "token_exchange.cuh"
 #include "token_load.cuh"
 
 namespace mamba {
@@ -25,70 +27,21 @@ namespace token {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 
-// A product's left operand are 16 columns of weights, and all eight columns of the right one are the same vector: a lane has
-// any of eight equal values of a column's sum. Lanes with lane % 4 below 2 have all 16 between them.
-__device__ __forceinline__ bool has_column(int lane) { return lane % 4 < 2; }
-__device__ __forceinline__ int column_of(int lane) { return lane / 4 + lane % 4 * 8; }
-__device__ __forceinline__ float value_of(const float (&d)[4], int lane) { return lane % 4 == 0 ? d[0] : d[2]; }
-
-template <typename T>
-__device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
-
-__device__ __forceinline__ uint32_t two_at(const void* values) { return *static_cast<const uint32_t*>(values); }
-
-// A channel's convolution of width 4, whose new state goes to `to`.
-template <typename T>
-__device__ __forceinline__ float convolve(const T* filter, const T* before, float bias, T now, T* to, bool used) {
-    const T first = before[0], second = before[1], third = before[2];
-    const Pack<T, 4> taps = load<T, 4>(filter);
-    float sum = fmaf(to_float(taps.v[0]), to_float(first), bias);
-    sum = fmaf(to_float(taps.v[1]), to_float(second), sum);
-    sum = fmaf(to_float(taps.v[2]), to_float(third), sum);
-    sum = fmaf(to_float(taps.v[3]), to_float(now), sum);
-    to[0] = used ? second : first;
-    to[1] = used ? third : second;
-    to[2] = used ? now : third;
-    return rounded<T>(silu(sum));
-}
-
-// The half that computes. Its methods run in this order for each layer; every one finds its thread anew, for what the
-// compiler would keep of that from one to another costs registers.
-template <typename T, bool MAMBA2, int UNITS>
-struct Layers {
-    static constexpr int kOwn = 8 * UNITS, kTiles = (UNITS + 1) / 2;  // kTiles: of 16 own columns
-    static constexpr int kCluster = cluster_of(UNITS), kRows = kInRows / kCluster, kRowWarps = kWarps / kCluster;
-    static constexpr int kPairs = kMostWidth / 2 / kThreads;  // of x, of a thread
-    static constexpr int kStates = MAMBA2 ? 128 : 16;         // of a channel
+// The half that computes. Its methods run in this order for each layer, those of Exchange between them.
+template <typename T, bool MAMBA2, int UNITS, bool SUMS>
+struct Layers : Exchange<T, MAMBA2, UNITS, SUMS> {
+    using Base = Exchange<T, MAMBA2, UNITS, SUMS>;
+    using Base::kOwn, Base::kStates, Base::a, Base::own, Base::x_in, Base::low, Base::layers, Base::used, Base::l,
+        Base::ring, Base::shared, Base::x_own, Base::held_slot, Base::held;
+    using Base::here, Base::meet, Base::fetch_norm, Base::get_x, Base::put_low, Base::sum_low, Base::get_low, Base::put_out,
+        Base::put_squares, Base::sum_out, Base::finish;
     using Held = Channels<kOwn, MAMBA2>;
+    static constexpr int kTiles = (UNITS + 1) / 2;  // of 16 own columns
+    static constexpr int kCluster = cluster_of(UNITS), kRows = kInRows / kCluster, kRowWarps = kWarps / kCluster;
+    static constexpr int kAtOnce = SUMS ? 3 : 2, kOutAtOnce = SUMS ? 3 : 1;  // stages of in_proj, of out_proj
 
-    const Token& a;
-    Own<T, kOwn>& own;
-    Ring ring;
-    char* const shared;
-    T* const x_in;        // [width], x of the layer
-    float* const low;     // [low]
-    const MambaLayer* const layers;
-    const bool used;
-    const T* const embedded;  // [width]
-    float residual;           // where thread < own_width: of the stream, the block's
-    float2 norm[kPairs];      // weights of the next layer's norm
-    uint32_t x_own[UNITS];    // of own channels, as a right operand
-    int l = 0, held_slot = 0;
-    const char* held = nullptr;  // the stage of Channels
+    using Base::Base;
 
-    __device__ Layers(const Token& a, Own<T, kOwn>& own, const Ring& ring, char* shared, const Places& at)
-        : a(a), own(own), ring(ring), shared(shared), x_in(reinterpret_cast<T*>(shared)),
-          low(reinterpret_cast<float*>(shared + at.low)), layers(reinterpret_cast<const MambaLayer*>(shared + at.layers)),
-          used(a.seq_lens[0] > 0),
-          embedded(static_cast<const T*>(a.embedding) + int64_t{min(max(a.input_ids[0], 0), a.vocab - 1)} * a.width) {
-        const int thread = threadIdx.x;
-        residual = thread < a.own_width ? to_float(embedded[blockIdx.x * a.own_width + thread]) : 0.0f;
-        fetch_norm(0);
-    }
-
-    static __device__ __forceinline__ int here() { return not_ahead(threadIdx.x); }
-    static __device__ __forceinline__ void meet() { barrier_wait(1, kThreads); }
-    __device__ __forceinline__ uint32_t layer() const { return l + 1; }
     __device__ __forceinline__ int first_channel() const { return blockIdx.x * kOwn; }
     static __device__ __forceinline__ int rank() { return blockIdx.x % kCluster; }  // in the cluster
     __device__ __forceinline__ const char* generic(uint32_t address) const {
@@ -97,62 +50,7 @@ struct Layers {
     template <typename V>
     __device__ __forceinline__ V of_held(int begin, int i) const { return reinterpret_cast<const V*>(held + begin)[i]; }
 
-    __device__ __forceinline__ void fetch_norm(int layer) {
-        const int thread = here();
-#pragma unroll
-        for (int i = 0; i < kPairs; i++) {
-            const int k = 2 * (thread + i * kThreads);
-            if (k >= a.width) continue;
-            const Pack<float, 2> w = load_constant<float, 2>(layers[layer].norm_weight + k);
-            norm[i] = make_float2(w.v[0], w.v[1]);
-        }
-    }
-
-    __device__ __forceinline__ void get_x() {
-        const int thread = here();
-        const auto exists = [&](int i) { return 2 * (thread + i * kThreads) < a.width; };
-        float2 x[kPairs];
-        if (l == 0) {
-#pragma unroll
-            for (int i = 0; i < kPairs; i++) {
-                if (!exists(i)) continue;
-                const Pack<T, 2> v = load_constant<T, 2>(embedded + 2 * (thread + i * kThreads));
-                x[i] = make_float2(to_float(v.v[0]), to_float(v.v[1]));
-            }
-        } else {
-            gather(x, l, [&](int i) { return a.stream + 2 * (thread + i * kThreads); }, exists);
-        }
-        float squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kPairs; i++) {
-            if (exists(i)) squares = fmaf(x[i].x, x[i].x, fmaf(x[i].y, x[i].y, squares));
-        }
-        squares = sum_of_warp(squares);
-        if (thread % 32 == 0) own.squares[thread / 32] = squares;
-        meet();
-        squares = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; w += 4) {
-            const Pack<float, 4> four = load<float, 4>(own.squares + w);
-            squares += (four.v[0] + four.v[1]) + (four.v[2] + four.v[3]);
-        }
-        const float scale = rsqrtf(squares / a.width + a.eps);
-#pragma unroll
-        for (int i = 0; i < kPairs; i++) {
-            if (!exists(i)) continue;
-            reinterpret_cast<uint32_t*>(x_in)[thread + i * kThreads] =
-                pack<T>(x[i].x * scale * norm[i].x, x[i].y * scale * norm[i].y);
-        }
-        meet();
-    }
-
-    // --- low: a block's share of every sum; the sums, by some blocks; all of them, by all
-
-    __device__ __forceinline__ void put_low(int column, float v) const {
-        if (column >= a.low || !has_column(threadIdx.x % 32)) return;
-        const int to = __umulhi(column, a.low_factor);
-        write_word(a.low_parts + (to * gridDim.x + blockIdx.x) * a.own_low + (column - to * a.own_low), v, layer());
-    }
+    // --- shares of low
 
     // Mamba-2's columns of in_proj, of the block's part of x.
     __device__ __forceinline__ void low_of_x() {
@@ -183,83 +81,16 @@ struct Layers {
         for (int k = 0; k < UNITS; k++) x_own[k] = two_at(own.x_in + 8 * k + lane % 4 * 2);
 #pragma unroll 1
         for (int c = 0; c < a.low; c += kColumns) {
-            const uint32_t slot = ring.wait();
-            if (c + 16 * warp < a.low) put_low(c + 16 * warp + column_of(lane), times_rows(slot, warp, lane));
-            ring.leave();
+            Rows w;
+            take_rows(w);
+            if (c + 16 * warp < a.low) put_low(c + 16 * warp + column_of(lane), times_own(w));
         }
-    }
-
-    // A warp has two columns; of Mamba-2 the convolution follows.
-    __device__ __forceinline__ void sum_low() const {
-        const int thread = here(), lane = thread % 32, warp = thread / 32;
-        const int column = blockIdx.x * a.own_low + 2 * warp + lane, channel = a.inner + column;  // where lane < 2
-        if (2 * warp >= a.own_low || column - lane >= a.low) return;
-        const MambaLayer& at = layers[l];
-        const bool exists = lane < 2 && column < a.low, convolved = MAMBA2 && exists && column < a.low - a.heads;
-        Pack<T, 4> filter;
-        T before[3];
-        float bias = 0.0f, conv_bias = 0.0f;
-        if (convolved) {  // read before the wait
-            filter = load_constant<T, 4>(static_cast<const T*>(at.conv_weight) + 4 * channel);
-#pragma unroll
-            for (int i = 0; i < 3; i++) before[i] = static_cast<const T*>(at.conv_state)[3 * channel + i];
-            if (at.conv_bias != nullptr) conv_bias = to_float(static_cast<const T*>(at.conv_bias)[channel]);
-        }
-        if (MAMBA2 && exists && at.in_proj_bias != nullptr) {
-            bias = to_float(static_cast<const T*>(at.in_proj_bias)[2 * a.inner + column]);
-        }
-        float2 parts[kMostBlocks / 32];
-        const int blocks = gridDim.x;
-        const uint64_t* const from = a.low_parts + blockIdx.x * blocks * a.own_low + 2 * warp;
-        const auto is_block = [&](int i) { return lane + 32 * i < blocks; };
-        gather(parts, layer(), [&](int i) { return from + (lane + 32 * i) * a.own_low; }, is_block);
-        float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-        for (int i = 0; i < kMostBlocks / 32; i++) {
-            if (is_block(i)) sum.x += parts[i].x, sum.y += parts[i].y;
-        }
-        sum = make_float2(sum_of_warp(sum.x), sum_of_warp(sum.y));
-        if (!exists) return;
-        float v = rounded<T>((lane == 0 ? sum.x : sum.y) + bias);
-        if (convolved) {
-            v = convolve(filter.v, before, conv_bias, from_float<T>(v), static_cast<T*>(at.conv_state_out) + 3 * channel, used);
-        }
-        write_word(a.lows + column, v, layer());
-    }
-
-    __device__ __forceinline__ void get_low() const {
-#pragma unroll 1
-        for (int i = here(); 2 * i < a.low; i += kThreads) {
-            float2 pair[1];
-            gather(pair, layer(), [&](int) { return a.lows + 2 * i; }, [](int) { return true; });
-            *reinterpret_cast<float2*>(low + 2 * i) = pair[0];
-            if (!MAMBA2 && 2 * i < a.rank) reinterpret_cast<uint32_t*>(own.dt_in)[i] = pack<T>(pair[0].x, pair[0].y);
-        }
-        meet();
-        if (!MAMBA2 && a.norm_eps >= 0.0f) norm_low();
-    }
-
-    // Falcon-Mamba's norms of dt's input, B and C, without weights: a warp each.
-    __device__ __forceinline__ void norm_low() const {
-        const int thread = here(), lane = thread % 32, part = thread / 32;
-        if (part < 3) {
-            const int size = part == 0 ? a.rank : kStates, from = part == 0 ? 0 : a.rank + (part - 1) * kStates;
-            float squares = 0.0f;
-            for (int i = lane; i < size; i += 32) squares = fmaf(low[from + i], low[from + i], squares);
-            const float scale = 1.0f / sqrtf(sum_of_warp(squares) / size + a.norm_eps);
-            for (int i = lane; i < size; i += 32) {
-                const T v = from_float<T>(low[from + i] * scale);
-                low[from + i] = to_float(v);
-                if (part == 0) own.dt_in[i] = v;
-            }
-        }
-        meet();
     }
 
     // --- own channels
 
     // A warp's share of the sums of own columns of x or z, by stages `from` to `end`: it has 16 rows of each. In a cluster the
-    // first warps have the first block's columns. Two stages at once, so that one waits where the other computes.
+    // first warps have the first block's columns. Some stages at once, so that one waits where another computes.
     __device__ __forceinline__ void add_stages(float (&sums)[kTiles][4], int from, int end) {
         const int thread = here(), lane = thread % 32, warp = thread / 32;
         const int row = 16 * (warp % kRowWarps), first_unit = warp / kRowWarps * UNITS;
@@ -271,8 +102,9 @@ struct Layers {
             place[t] = place_of<kCluster * UNITS>(row + lane / 16 * 8 + lane % 8, unit);
         }
 #pragma unroll 1
-        for (; from + 2 <= end; from += 2, x += 2 * kRows) add_at_once<2>(sums, place, x);
-        if (from < end) add_at_once<1>(sums, place, x);
+        for (; from + kAtOnce <= end; from += kAtOnce, x += kAtOnce * kRows) add_at_once<kAtOnce>(sums, place, x);
+#pragma unroll 1
+        for (; from < end; from++, x += kRows) add_at_once<1>(sums, place, x);
     }
 
     template <int COUNT>
@@ -293,33 +125,34 @@ struct Layers {
         }
     }
 
-    __device__ __forceinline__ void put_partial(const float (&sums)[kTiles][4]) const {
+    // Of x (0) or z (1).
+    __device__ __forceinline__ void put_partial(int of, const float (&sums)[kTiles][4]) const {
         const int thread = here(), lane = thread % 32;
         if (!has_column(lane)) return;
 #pragma unroll
         for (int t = 0; t < kTiles; t++) {
             const int c = 16 * t + column_of(lane);
-            if (c < kOwn) own.partial[thread / 32][c] = value_of(sums[t], lane);
+            if (c < kOwn) own.partial[of][thread / 32][c] = value_of(sums[t], lane);
         }
     }
     // Of column c of a block of the cluster, over the inputs of this one.
-    __device__ __forceinline__ float sum_of_partial(int block, int c) const {
+    __device__ __forceinline__ float sum_of_partial(int of, int block, int c) const {
         float v = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kRowWarps; w++) v += own.partial[block * kRowWarps + w][c];
+        for (int w = 0; w < kRowWarps; w++) v += own.partial[of][block * kRowWarps + w][c];
         return v;
     }
 
-    // To the other block its sums, of x (0) or z (1). It has read those of the layer before: x of this layer follows from them.
+    // To the other block its sums. It has read those of the layer before: x of this layer follows from them.
     __device__ __forceinline__ void send_sums(int of) const {
         const int c = here() - kThreads / 2;
         if (kCluster == 1 || c < 0 || c >= kOwn) return;
         const int other = rank() ^ 1;
-        send(shared_address(&own.sent[of][c]), shared_address(&own.sent_bars[of]), other, sum_of_partial(other, c));
+        send(shared_address(&own.sent[of][c]), shared_address(&own.sent_bars[of]), other, sum_of_partial(of, other, c));
     }
     // Of own column c over all inputs, by a thread each. The first lets the barrier count the next layer's bytes.
     __device__ __forceinline__ float sum_of_own(int of, int c) const {
-        const float v = sum_of_partial(rank(), c);
+        const float v = sum_of_partial(of, rank(), c);
         if (kCluster == 1) return v;
         const uint32_t bar = shared_address(&own.sent_bars[of]);
         bar_wait_of_cluster(bar, l % 2);
@@ -327,55 +160,74 @@ struct Layers {
         return v + own.sent[of][c];
     }
 
-    __device__ __forceinline__ void in_proj_x() {
+    // The convolution of x, from the stage of Filters; and the gate of z. By the last threads: the first go on to get_low().
+    __device__ __forceinline__ void finish_x(const char* filters) const {
         using At = Filters<kOwn>;
-        const int stages = a.width / kInRows, before = MAMBA2 ? 2 * stages / 3 : 0;
-        float sums[kTiles][4] = {};
-        if (MAMBA2) {  // by then all blocks have put their shares
-            add_stages(sums, 0, before);
-            sum_low();
-        }
-        add_stages(sums, before, stages);
-        put_partial(sums);
-        const char* const at = generic(ring.wait());
-        meet();
         send_sums(0);
-        const int c = here();
-        if (c < kOwn) {
-            const MambaLayer& of = layers[l];
-            const float in_bias = of.in_proj_bias != nullptr ? to_float(reinterpret_cast<const T*>(at + At::in_bias)[c]) : 0.0f;
-            const float bias = of.conv_bias != nullptr ? to_float(reinterpret_cast<const T*>(at + At::conv_bias)[c]) : 0.0f;
-            const float v = convolve(reinterpret_cast<const T*>(at + At::filter) + 4 * c,
-                                     reinterpret_cast<const T*>(at + At::before) + 3 * c, bias,
-                                     from_float<T>(in_bias + sum_of_own(0, c)),
-                                     static_cast<T*>(of.conv_state_out) + 3 * (first_channel() + c), used);
-            own.x[c] = v;
-            own.x_in[c] = from_float<T>(v);
-        }
-        ring.leave();
-        meet();
+        const int c = here() - (kThreads - 2 * kOwn);
+        if (c < 0 || c >= kOwn) return;
+        const MambaLayer& of = layers[l];
+        const auto of_filters = [&](int begin) { return reinterpret_cast<const T*>(filters + begin); };
+        const float in_bias = of.in_proj_bias != nullptr ? to_float(of_filters(At::in_bias)[c]) : 0.0f;
+        const float bias = of.conv_bias != nullptr ? to_float(of_filters(At::conv_bias)[c]) : 0.0f;
+        const T now = from_float<T>(in_bias + sum_of_own(0, c));
+        T* const state = static_cast<T*>(of.conv_state_out) + 3 * (first_channel() + c);
+        const float v = convolve(of_filters(At::filter) + 4 * c, of_filters(At::before) + 3 * c, bias, now, state, used);
+        own.x[c] = v;
+        own.x_in[c] = from_float<T>(v);
     }
-
-    // The last threads finish it: the first go on to get_low().
-    __device__ __forceinline__ void in_proj_z() {
-        const int stages = a.width / kInRows, before = MAMBA2 ? 0 : stages / 3;
-        float sums[kTiles][4] = {};
-        if (!MAMBA2) {
-            add_stages(sums, 0, before);
-            sum_low();
-        }
-        add_stages(sums, before, stages);
-        put_partial(sums);
+    __device__ __forceinline__ void finish_z() const {
+        send_sums(1);
+        const int c = here() - (kThreads - kOwn);
+        if (c < 0) return;
+        const float bias = layers[l].in_proj_bias != nullptr ? to_float(of_held<T>(Held::in_bias, c)) : 0.0f;
+        own.gate[c] = silu(rounded<T>(bias + sum_of_own(1, c)));
+    }
+    __device__ __forceinline__ void hold_channels() {
         held = generic(ring.wait());
         held_slot = ring.slot;
         ring.go_on();
-        meet();
-        send_sums(1);
-        const int c = here() - (kThreads - kOwn);
-        if (c >= 0) {
-            const float bias = layers[l].in_proj_bias != nullptr ? to_float(of_held<T>(Held::in_bias, c)) : 0.0f;
-            own.gate[c] = silu(rounded<T>(bias + sum_of_own(1, c)));
+    }
+
+    // Sums of own columns of x or z; if not SUMS, those of low amid, when all blocks have put their shares.
+    __device__ __forceinline__ void multiply_own(int of) {
+        const int stages = a.width / kInRows, before = SUMS ? 0 : MAMBA2 ? 2 * stages / 3 : stages / 3;
+        float sums[kTiles][4] = {};
+        if (!SUMS && of == !MAMBA2) {
+            add_stages(sums, 0, before);
+            sum_low();
+            add_stages(sums, before, stages);
+        } else {
+            add_stages(sums, 0, stages);
         }
+        put_partial(of, sums);
+    }
+    __device__ __forceinline__ void in_proj_x() {
+        multiply_own(0);
+        const char* const filters = generic(ring.wait());
+        meet();
+        finish_x(filters);
+        ring.leave();
+        meet();
+    }
+    __device__ __forceinline__ void in_proj_z() {
+        multiply_own(1);
+        hold_channels();
+        meet();
+        finish_z();
+    }
+    // Both, where nothing happens between them.
+    __device__ __forceinline__ void in_proj() {
+        multiply_own(0);
+        const char* const filters = generic(ring.wait());
+        const int slot = ring.slot;
+        ring.go_on();
+        multiply_own(1);
+        hold_channels();
+        meet();
+        finish_x(filters);
+        finish_z();
+        ring.give_back(slot);
     }
 
     // dt's own projection: a warp has 16 channels and a share of the rows. Then four lanes a channel.
@@ -393,7 +245,7 @@ struct Layers {
                 const T* const values = own.dt_in + k + lane % 4 * 2;
                 multiply_add<T>(sum, w, two_at(values), two_at(values + 8));
             }
-            if (has_column(lane) && c < kOwn) own.partial[warp / kTiles][c] = value_of(sum, lane);
+            if (has_column(lane) && c < kOwn) own.partial[0][warp / kTiles][c] = value_of(sum, lane);
         }
         ring.leave();
         meet();
@@ -401,7 +253,7 @@ struct Layers {
             const int c = thread / 4, n = thread % 4 * 4;
             float dt = 0.0f, y = 0.0f, h[4];
 #pragma unroll
-            for (int s = 0; s < kShares; s++) dt += own.partial[s][c];
+            for (int s = 0; s < kShares; s++) dt += own.partial[0][s][c];
             const float bias = layers[l].dt_bias != nullptr ? of_held<float>(Held::dt_bias, c) : 0.0f;
             const float delta = softplus(rounded<T>(dt) + bias), x = own.x[c], drive = delta * x;
             const Pack<float, 4> A = load<float, 4>(reinterpret_cast<const float*>(held + Held::A) + kStates * c + n);
@@ -477,98 +329,70 @@ struct Layers {
 
     // --- the residual stream
 
-    // The warp's 16 of 256 columns of a stage of own rows, times x_own.
-    __device__ __forceinline__ float times_rows(uint32_t slot, int warp, int lane) const {
-        float sum[4] = {}, other[4] = {};
-        const uint32_t at = slot + warp / 4 * (kOwn * 2 * kBoxColumns) + place_of<8>(lane % 8, warp % 4 * 2 + lane / 8 % 2);
+    // The warp's 16 of 256 columns of a stage of own rows; and those times x_own.
+    using Rows = uint32_t[(UNITS + 1) / 2][4];
+    __device__ __forceinline__ void take_rows(Rows& w) {
+        const int thread = here(), lane = thread % 32, warp = thread / 32;
+        const uint32_t at =
+            ring.wait() + warp / 4 * (kOwn * 2 * kBoxColumns) + place_of<8>(lane % 8, warp % 4 * 2 + lane / 8 % 2);
 #pragma unroll
         for (int k = 0; k < UNITS; k += 2) {
-            const bool both = k + 1 < UNITS;
-            uint32_t w[4];
-            load_matrices_transposed(w, at + (8 * k + (both ? lane / 16 * 8 : 0)) * 2 * kBoxColumns);
-            multiply_add_8<T>(sum, w[0], w[1], x_own[k]);
-            if (both) multiply_add_8<T>(other, w[2], w[3], x_own[k + 1]);
+            load_matrices_transposed(w[k / 2], at + (8 * k + (k + 1 < UNITS ? lane / 16 * 8 : 0)) * 2 * kBoxColumns);
+        }
+        ring.leave();
+    }
+    __device__ __forceinline__ float times_own(const Rows& w) const {
+        float sum[4] = {}, other[4] = {};
+#pragma unroll
+        for (int k = 0; k < UNITS; k++) {
+            const int half = k % 2 * 2;
+            multiply_add_8<T>(half == 0 ? sum : other, w[k / 2][half], w[k / 2][half + 1], x_own[k]);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[i] += other[i];
-        return value_of(sum, lane);
+        return value_of(sum, threadIdx.x % 32);
     }
 
     // The block's share of every sum of out_proj. Where a norm is yet to be divided by, what goes in is scaled to at most 1,
     // by a power of two, for it may be out of float16's range; and its squares are put beside the sums.
     __device__ __forceinline__ void out_proj() {
-        const int thread = here(), lane = thread % 32, warp = thread / 32, blocks = gridDim.x;
-        float unit = 1.0f;
+        const int thread = here(), lane = thread % 32, warp = thread / 32;
+        Pack<float, 2> y[UNITS];
+        float unit = 1.0f, most = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int k = 0; k < UNITS; k++) {
+            y[k] = load<float, 2>(own.y + 8 * k + lane % 4 * 2);
+            if (!MAMBA2) continue;
+            const Pack<float, 2> squared = load<float, 2>(own.y_squared + 8 * k + lane % 4 * 2);
+            most = fmaxf(most, fmaxf(fabsf(y[k].v[0]), fabsf(y[k].v[1])));
+            squares += squared.v[0] + squared.v[1];
+        }
         if (MAMBA2) {
-            const auto both = [&](const float* v, int i) { return i < kOwn ? v[i] : 0.0f; };
-            const float most = fmaxf(fabsf(both(own.y, lane)), fabsf(both(own.y, lane + 32)));
             const int exponent = static_cast<int>(__reduce_max_sync(~0u, __float_as_uint(most)) >> 23) - 126;
             unit = __int_as_float((min(max(exponent, -100), 100) + 127) << 23);
-            if (warp == 0) {
-                const float squares = sum_of_warp(both(own.y_squared, lane) + both(own.y_squared, lane + 32));
-                for (int to = lane; to < blocks; to += 32) {
-                    uint64_t* const at = a.parts + (to * blocks + blockIdx.x) * a.part + a.own_width;
-                    write_word(at, squares, layer());
-                    write_word(at + 1, 0.0f, layer());
-                }
-            }
+            squares += __shfl_xor_sync(~0u, squares, 1);
+            squares += __shfl_xor_sync(~0u, squares, 2);
+            put_squares(squares);
         }
         const float per_unit = 1.0f / unit;
 #pragma unroll
-        for (int k = 0; k < UNITS; k++) {
-            const Pack<float, 2> v = load<float, 2>(own.y + 8 * k + lane % 4 * 2);
-            x_own[k] = pack<T>(v.v[0] * per_unit, v.v[1] * per_unit);
-        }
+        for (int k = 0; k < UNITS; k++) x_own[k] = pack<T>(y[k].v[0] * per_unit, y[k].v[1] * per_unit);
         if (l + 1 < a.layers) fetch_norm(l + 1);
         int column = 16 * warp + column_of(lane);
-#pragma unroll 2
-        for (int left = a.width / kColumns; left > 0; left--, column += kColumns) {
-            const float v = times_rows(ring.wait(), warp, lane);
-            ring.leave();
-            const int to = __umulhi(column, a.width_factor);
-            if (has_column(lane)) {
-                write_word(a.parts + (to * blocks + blockIdx.x) * a.part + (column - to * a.own_width), v * unit, layer());
-            }
-        }
+        int left = a.width / kColumns;
+#pragma unroll(SUMS ? 1 : 2)
+        for (; left >= kOutAtOnce; left -= kOutAtOnce, column += kOutAtOnce * kColumns) put_at_once<kOutAtOnce>(column, unit);
+#pragma unroll 1
+        for (; kOutAtOnce > 1 && left > 0; left--, column += kColumns) put_at_once<1>(column, unit);
     }
 
-    // The sums of the block's part of the stream: a warp has those of some blocks, with lanes side by side on one's words.
-    __device__ __forceinline__ void sum_parts() {
-        const int thread = here(), lane = thread % 32, warp = thread / 32, blocks = gridDim.x;
-        const int pairs = a.part / 2, log_lanes = 32 - __clz(pairs - 1), at_once = 32 >> log_lanes;
-        const int pair = lane & ((1 << log_lanes) - 1), row = lane >> log_lanes, rows = blocks / kWarps;
-        const uint64_t* const from = a.parts + (blockIdx.x * blocks + warp * rows) * a.part + 2 * pair;
-        float2 parts[kMostBlocks / kWarps / 2];
-        const auto exists = [&](int i) { return pair < pairs && row + i * at_once < rows; };
-        gather(parts, layer(), [&](int i) { return from + (row + i * at_once) * a.part; }, exists);
-        float2 sum = make_float2(0.0f, 0.0f);
+    template <int COUNT>
+    __device__ __forceinline__ void put_at_once(int column, float unit) {
+        Rows w[COUNT];
 #pragma unroll
-        for (int i = 0; i < kMostBlocks / kWarps / 2; i++) {
-            if (exists(i)) sum.x += parts[i].x, sum.y += parts[i].y;
-        }
-        for (int offset = 1 << log_lanes; offset < 32; offset *= 2) {
-            sum.x += __shfl_xor_sync(~0u, sum.x, offset);
-            sum.y += __shfl_xor_sync(~0u, sum.y, offset);
-        }
-        if (lane < pairs) *reinterpret_cast<float2*>(own.sums[warp] + 2 * lane) = sum;
-        meet();
-        if (thread >= a.own_width) return;
-        const int i = blockIdx.x * a.own_width + thread;
-        const MambaLayer& at = layers[l];
-        const float bias = at.out_proj_bias != nullptr ? to_float(static_cast<const T*>(at.out_proj_bias)[i]) : 0.0f;
-        float v = 0.0f, squares = 0.0f;
+        for (int s = 0; s < COUNT; s++) take_rows(w[s]);
 #pragma unroll
-        for (int w = 0; w < kWarps; w++) {
-            v += own.sums[w][thread];
-            if (MAMBA2) squares += own.sums[w][a.own_width];
-        }
-        if (MAMBA2 && at.gate_norm != nullptr) v *= rsqrtf(squares / a.inner + a.eps);
-        residual += rounded<T>(v + bias);
-        if (l + 1 < a.layers) {
-            write_word(a.stream + i, residual, layer());
-        } else {
-            a.hidden[i] = residual;
-        }
+        for (int s = 0; s < COUNT; s++) put_out(column + s * kColumns, times_own(w[s]) * unit);
     }
 
     __device__ __forceinline__ void run() {
@@ -576,28 +400,36 @@ struct Layers {
         for (; l < a.layers; l++) {
             get_x();
             if (MAMBA2) low_of_x();
-            in_proj_x();
-            if (!MAMBA2) low_of_channels();
-            in_proj_z();
-            get_low();
+            if constexpr (SUMS) {
+                if (!MAMBA2) in_proj_x(), low_of_channels();
+                const AfterLow<T, MAMBA2> after(a, layers[l], min(here(), a.low - 1));
+                MAMBA2 ? in_proj() : in_proj_z();
+                get_low(after);
+            } else {
+                in_proj_x();
+                if (!MAMBA2) low_of_channels();
+                in_proj_z();
+                get_low();
+            }
             if (MAMBA2) {
                 scan_mamba2();
             } else {
                 scan_mamba();
             }
             out_proj();
-            sum_parts();
+            if (!SUMS) sum_out();
         }
+        if (SUMS && blockIdx.x == 0) finish();
     }
 };
 
-template <typename T, bool MAMBA2, int UNITS>
+template <typename T, bool MAMBA2, int UNITS, bool SUMS>
 __global__ void __launch_bounds__(kThreads + 32, 1) token_kernel(const Token a) {
     extern __shared__ float4 memory[];
     __shared__ Own<T, 8 * UNITS> own;
     char* const shared = reinterpret_cast<char*>(memory);
     const Places at(a);
-    constexpr bool kAlone = Layers<T, MAMBA2, UNITS>::kCluster == 1;
+    constexpr bool kAlone = Layers<T, MAMBA2, UNITS, SUMS>::kCluster == 1;
     const int thread = threadIdx.x;
     const Ring ring(own.bars, shared + at.ring, a.slots, a.slot_bytes);
     if (thread < a.slots) {
@@ -622,7 +454,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) token_kernel(const Token a) 
     };
     meet();
     if (thread < kThreads) {
-        Layers<T, MAMBA2, UNITS>(a, own, ring, shared, at).run();
+        Layers<T, MAMBA2, UNITS, SUMS>(a, own, ring, shared, at).run();
     } else if (thread == kThreads) {
         Loader<MAMBA2, UNITS>(ring).run(a, reinterpret_cast<const MambaLayer*>(layers));
     }
@@ -631,20 +463,20 @@ __global__ void __launch_bounds__(kThreads + 32, 1) token_kernel(const Token a) 
 
 #else
 
-template <typename T, bool MAMBA2, int UNITS>
+template <typename T, bool MAMBA2, int UNITS, bool SUMS>
 __global__ void token_kernel(const Token) {}
 
 #endif
 
-// Puts layers where the kernel finds them, and zeros to a part of the words, so that no number of an earlier token is met.
+// Puts layers where the kernel finds them, and zeros to a part of what the kernel adds to.
 __global__ void __launch_bounds__(256) token_table_kernel(
-    const __grid_constant__ LayerTable table, int count, TokenLayer* to, uint4* words, int64_t begin, int64_t end) {
+    const __grid_constant__ LayerTable table, int count, TokenLayer* to, uint4* zeros, int64_t begin, int64_t end) {
     constexpr int kOfLayer = sizeof(TokenLayer) / sizeof(uint4);
     const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, all = int64_t{gridDim.x} * blockDim.x;
     for (int64_t i = first; i < count * kOfLayer; i += all) {
         reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(table.each)[i];
     }
-    for (int64_t i = begin + first; i < end; i += all) words[i] = make_uint4(0, 0, 0, 0);
+    for (int64_t i = begin + first; i < end; i += all) zeros[i] = make_uint4(0, 0, 0, 0);
 }
 
 }  // namespace token

@@ -1,4 +1,4 @@
-// What the two halves of token_kernel share: sizes, what blocks exchange, and the ring of weights between the halves.
+// What the two halves of token_kernel share: sizes, and the ring of weights between them.
 #pragma once
 
 #include "bulk_copy.cuh"
@@ -27,17 +27,22 @@ struct LayerTable {
     TokenLayer each[kTableLayers];
 };
 
+// From this width on blocks pass each other parts of sums, below it they add to sums: what is faster where both were tried.
+constexpr int kPartsFrom = 2048;
+
 // `low` are the values of a layer that all blocks need: rank + 2 N of Mamba, 2 N + heads of Mamba-2.
 struct Token {
     int32_t layers, width, inner, low, rank, heads, head_dim, vocab, state_dtype, skip_per_channel;
     int32_t own_width, width_factor;  // values of the residual stream of a block, and ceil(2^32 / that)
     int32_t own_low, low_factor;      // of low, likewise
     int32_t part;                     // words of a block's sums for another
+    int32_t layer_sums;               // sums of a layer that blocks add to; 0 where they pass parts
     int32_t slot_bytes, slots;
     float eps, norm_eps, dt_min, dt_max;
     const int32_t *input_ids, *seq_lens;
     const void* embedding;
     const TokenLayer* each;
+    uint64_t* sums;              // [layers, layer_sums] words
     uint64_t *low_parts, *lows;  // [to, blocks, own_low] and [low] words
     uint64_t *parts, *stream;    // [to, blocks, part] and [width] words
     float* hidden;               // [width]: the residual stream after the last layer
@@ -47,18 +52,22 @@ struct Token {
 template <typename T, int OWN>
 struct Own {
     uint64_t bars[2 * kMostSlots], sent_bars[2];
-    float partial[kWarps][OWN], sums[kWarps][64], squares[kWarps];
+    float partial[2][kWarps][OWN], squares[kWarps];                 // partial: of x and z; also a warp's sums of 64 parts
     float x[OWN], gate[OWN], y[OWN], y_squared[OWN], sent[2][OWN];  // sent: by the cluster's other block, of x and of z
     T x_in[OWN], dt_in[kColumns];
 };
 
-// Where the rest is: x of the layer, low, pointers of all layers, then the ring.
+// Where the rest is: x of the layer; low; if blocks add to sums, the residual stream and new states of low's convolution;
+// pointers of all layers; then the ring.
 struct Places {
-    int low, layers, ring;
+    int low, stream, conv, layers, ring;
 
     __host__ __device__ explicit Places(const Token& a) {
+        const bool sums = a.layer_sums > 0;
         low = (2 * a.width + 15) / 16 * 16;
-        layers = (low + 4 * a.low + 7) / 8 * 8;
+        stream = low + 4 * a.low;
+        conv = stream + (sums ? 4 * a.width : 0);
+        layers = (conv + (sums && a.heads > 0 ? 6 * (a.low - a.heads) : 0) + 7) / 8 * 8;
         ring = layers + a.layers * static_cast<int>(sizeof(MambaLayer));
     }
 };
@@ -81,46 +90,6 @@ struct Channels {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-
-// --- exchange: a word is a float and, above it, the number of its layer, from 1 on
-
-struct Words {
-    uint64_t first, second;
-
-    __device__ __forceinline__ void read(const uint64_t* at) {
-        asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(at) : "memory");
-    }
-    __device__ __forceinline__ bool are_of(uint32_t layer) const { return first >> 32 == layer && second >> 32 == layer; }
-    __device__ __forceinline__ float2 values() const {
-        return make_float2(__uint_as_float(static_cast<uint32_t>(first)), __uint_as_float(static_cast<uint32_t>(second)));
-    }
-};
-
-__device__ __forceinline__ void write_word(uint64_t* at, float value, uint32_t layer) {
-    const uint64_t word = static_cast<uint64_t>(layer) << 32 | __float_as_uint(value);
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(at), "l"(word) : "memory");
-}
-
-// COUNT pairs of words, the i-th at at(i), where exists(i); waits until all are of the layer.
-template <int COUNT, typename At, typename Exists>
-__device__ __forceinline__ void gather(float2 (&to)[COUNT], uint32_t layer, At&& at, Exists&& exists) {
-    Words words[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) words[i] = {0, 0};
-    bool again = true;
-#pragma unroll 1
-    while (again) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            if (exists(i) && !words[i].are_of(layer)) words[i].read(at(i));
-        }
-        again = false;
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) again = again || (exists(i) && !words[i].are_of(layer));
-    }
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) to[i] = words[i].values();
-}
 
 // --- the ring: slots with two barriers each, one of which opens when a stage is whole, the other when it is done with
 

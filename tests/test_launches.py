@@ -608,15 +608,15 @@ def test_python_launches_what_the_compiled_prompt_does(library):
 
 # Width of published models, and channels of a block, by 8, on 132 multiprocessors.
 PUBLISHED = {
-    "mamba-130m": (768, 2),
-    "mamba-370m": (1024, 2),
-    "mamba-790m": (1536, 3),
+    "mamba-130m": (768, 4),
+    "mamba-370m": (1024, 4),
+    "mamba-790m": (1536, 4),
     "mamba-1.4b": (2048, 4),
     "mamba-2.8b": (2560, 5),
     "falcon-mamba-7b": (4096, 8),
-    "mamba2-130m": (768, 0),  # which the chain does faster
-    "mamba2-370m": (1024, 2),
-    "mamba2-780m": (1536, 3),
+    "mamba2-130m": (768, 4),
+    "mamba2-370m": (1024, 4),
+    "mamba2-780m": (1536, 4),
     "mamba2-1.3b": (2048, 4),
     "mamba2-2.7b": (2560, 5),
 }
@@ -659,14 +659,13 @@ def test_one_rows_token_is_one_kernel_and_the_head(library, name):
         for layers in (2, 3, 64):  # two tables
             call = a_token(name, draw, dtype=dtype, layers=layers)
             planned = compare(library, call, of_driver(library, DEVICES[0]))
-            assert is_token(planned) == (units > 0)
-            if units:
-                *tables, token, _ = planned
-                assert len(tables) == (2 if layers == 64 else 1)
-                assert token.kernel == f"mamba::token::token_kernel<{T}, {str(call.heads > 0).lower()}, {units}>"
-                assert token.cooperative
-                assert token.cluster == (2 if units == 5 else 1)
-                assert token.arguments[0].hidden + 4 * call.width <= WORKSPACE + launches.workspace_bytes("model", call)
+            *tables, token, _ = planned
+            assert len(tables) == (2 if layers == 64 else 1)
+            mamba2, sums = (str(given).lower() for given in (call.heads > 0, call.width < 2048))
+            assert token.kernel == f"mamba::token::token_kernel<{T}, {mamba2}, {units}, {sums}>"
+            assert token.cooperative
+            assert token.cluster == (2 if units == 5 else 1)
+            assert token.arguments[0].hidden + 4 * call.width <= WORKSPACE + launches.workspace_bytes("model", call)
         for multiprocessors in (144, 114, 78, 64):
             device = DEVICES[0]._replace(multiprocessors=multiprocessors)
             compare(library, a_token(name, draw, dtype=dtype), of_driver(library, device))
@@ -687,17 +686,24 @@ def test_any_workspace_is_enough_for_one_rows_token(library, name):
 MISALIGNED = "norm_weight in_proj_bias conv_weight conv_bias conv_state A D dt_bias ssm_state gate_norm ssm_state_out"
 
 
-@pytest.mark.parametrize("name", ["mamba-370m", "mamba2-1.3b"])
+OTHER_TOKENS = [
+    *({name: value} for name, value in (("batch", 2), ("dtype", 0), ("conv_width", 3), ("layers", 81))),
+    *({name: 8} for name in ("groups", "state_size", "rank")),
+    *({"multiprocessors": count} for count in (16, 30, 63)),
+    {"major": 8},
+    {"major": 12},
+    {"architecture": 120, "multiprocessors": 170, "shared_bytes": 101376},  # code of 9.0 all the same
+    *({"misaligned": name} for name in MISALIGNED.split()),
+]
+
+
 @pytest.mark.parametrize(
-    "changed",
+    ("name", "changed"),
     [
-        *({name: value} for name, value in (("batch", 2), ("dtype", 0), ("conv_width", 3), ("layers", 81))),
-        *({name: 8} for name in ("groups", "state_size", "rank")),
-        *({"multiprocessors": count} for count in (16, 30, 127, 200)),
-        {"major": 8},
-        {"major": 12},
-        {"architecture": 120, "multiprocessors": 170, "shared_bytes": 101376},  # code of 9.0 all the same
-        *({"misaligned": name} for name in MISALIGNED.split()),
+        *(("mamba-370m", changed) for changed in OTHER_TOKENS if "groups" not in changed),
+        *(("mamba2-1.3b", changed) for changed in OTHER_TOKENS if "rank" not in changed),
+        *(("mamba2-1.3b", {"multiprocessors": count}) for count in (127, 200)),
+        ("mamba2-370m", {"width": 2000}),
     ],
     ids=str,
 )
@@ -705,8 +711,6 @@ def test_other_tokens_are_not_one_kernel(library, name, changed):
     device = of_driver(library, DEVICES[0])
     of_device = {key: changed[key] for key in device._fields if key in changed}
     sizes = {key: value for key, value in changed.items() if key not in (*of_device, "misaligned")}
-    if ("rank" if name.startswith("mamba2") else "groups") in changed:
-        pytest.skip("has no such size")
     draw = random.Random(name)
     assert is_token(launches.model(a_token(name, draw), WORKSPACE, device))
     call = a_token(name, draw, **sizes)
