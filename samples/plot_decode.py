@@ -3,7 +3,8 @@
     cd samples/results
     python ../plot_decode.py decode.json chains.json --out decode.svg
 
-Rows that have peers, mamba_ssm's fastest among them. Needs matplotlib (the extra ``plot``).
+Rows that have peers, mamba_ssm's fastest among them; of an operator alone only where no engine was measured. Needs
+matplotlib (the extra ``plot``).
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def main(files: tuple[Path, ...], out: Path) -> None:
 
 def bars(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     """Of decode rows: how many times the limit ours takes, and the fastest step of mamba_ssm."""
-    found = {}
+    found, engines = {}, {row["name"].removeprefix("decode/") for row in rows if row["name"].startswith("decode/")}
     for row in rows:
         theirs = [us for name, us in row["peers"].items() if name.startswith(STEP)]
-        if theirs and not row["name"].startswith("prompt"):
+        if theirs and not row["name"].startswith("prompt") and row["name"].removeprefix("chain/") not in engines:
             kind, model, batch, *state = row["name"].split("/")
             label = ", ".join([model, f"{batch.removeprefix('b')} row{'' if batch == 'b1' else 's'}", *state])
             label += "\n(kernels alone)" if kind == "chain" else "\n(TensorRT engine)"
@@ -46,7 +47,7 @@ def bars(rows: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 def draw(found: dict[str, tuple[float, float]], gpu: str, out: Path) -> None:
     """Pairs of bars, one below the other."""
-    kind, size = out.suffix.lower().removeprefix("."), (8, 1.2 + 0.8 * len(found))
+    kind, size = out.suffix.lower().removeprefix("."), (8, 1.2 + 0.5 * len(found))
     with picture(out, kind, why="draw decode steps", panels=1, size=size) as (_, axes):
         for at, (name, colour) in enumerate(((OURS, "tab:blue"), (f"{STEP}, its fastest", "tab:gray"))):
             places = [place + 0.38 * at for place in range(len(found))]
@@ -54,6 +55,7 @@ def draw(found: dict[str, tuple[float, float]], gpu: str, out: Path) -> None:
             axes.bar_label(drawn, fmt="%.2f", padding=3)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_yticks([place + 0.19 for place in range(len(found))], list(found))
+        axes.margins(y=0.01)
         axes.invert_yaxis()
         axes.set_xlim(right=1.1 * max(max(pair) for pair in found.values()))
         axes.set(xlabel="time of a decode step over the least that its bytes take", title=gpu)

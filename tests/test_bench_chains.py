@@ -75,6 +75,7 @@ def test_the_picture_is_of_the_rows_with_peers(sample: Any, tmp_path: Path) -> N
     plot, step = importlib.import_module("plot_decode"), "mamba_ssm step, CUDA graph"
     rows = [
         {"name": "decode/mamba-130m/b1", "value": 20.0, "limit": 10.0, "peers": {step: 50.0, f"{step}, 1 warp": 40.0}},
+        {"name": "chain/mamba-130m/b1", "value": 15.0, "limit": 10.0, "peers": {step: 40.0}},  # has an engine
         {"name": "chain/mamba-2.8b/b64", "value": 30.0, "limit": 10.0, "peers": {step: 10.0, "transformers": 5.0}},
         {"name": "chain/mamba-2.8b/b64/float16 state", "value": 15.0, "limit": 10.0, "peers": {step: 10.0}},
         {"name": "decode/mamba-130m/b8", "value": 20.0, "limit": 10.0, "peers": {}},
@@ -90,7 +91,7 @@ def test_the_picture_is_of_the_rows_with_peers(sample: Any, tmp_path: Path) -> N
         done = CliRunner().invoke(plot.main, [str(tmp_path / "a.json"), "--out", str(tmp_path / name)])
         assert done.exit_code == 0, done.output
         assert (tmp_path / name).stat().st_size > 1000
-    (tmp_path / "b.json").write_text(json.dumps({"gpu": "a GPU", "rows": rows[3:]}), encoding="utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({"gpu": "a GPU", "rows": rows[4:]}), encoding="utf-8")
     done = CliRunner().invoke(plot.main, [str(tmp_path / "b.json"), "--out", str(tmp_path / "b.svg")])
     assert done.exit_code == 1
     assert "mamba_ssm" in done.output
