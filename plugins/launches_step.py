@@ -86,9 +86,9 @@ def _layout_bytes(a: Linear, item: int, x_item: int, ring: int, warp_outputs: in
 
 
 def _most_rows(a: Linear, device: Device, *sizes: int) -> int:
-    """Sets the most rows of a block whose x has room in shared memory; gives the bytes."""
+    """Sets the most rows of a block whose x has room in shared memory, at least one; gives the bytes."""
     a.rows = min(a.batch, _COLUMNS)
-    while _layout_bytes(a, *sizes) > device.shared_bytes:
+    while a.rows > 1 and _layout_bytes(a, *sizes) > device.shared_bytes:
         a.rows -= 1
     return _layout_bytes(a, *sizes)
 

@@ -823,6 +823,18 @@ def test_the_launcher_of_sample_token_refuses(library, changed):
         assert library.mamba_sample_token(ctypes.byref(call), None, None) == answer
 
 
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_inputs_that_have_no_room_in_shared_memory_are_refused(library, batch):
+    """In C++ before the launch, by the same code with which CUDA refuses Python's launch."""
+    device = DEVICES[0]
+    call = structs.MambaXProj(batch=batch, channels=60000, outputs=96, row=60000, x=1 << 20, weight=1 << 21, y=1 << 22)
+    recorder = Recorder(lambda *launched: None)
+    library.set_recorder(recorder, attributes_of(device))
+    assert library.mamba_x_proj(ctypes.byref(call), None, None) == 1  # cudaErrorInvalidValue
+    [launch] = launches.x_proj(call, WORKSPACE, device)
+    assert launch.shared > device.shared_bytes
+
+
 def test_workspace_never_shrinks_with_length(library):
     """The plugins ask for the longest prompt alone: TensorRT then calls with shorter ones, in the same memory."""
     scan = {"channels": 256, "state_size": 16}
