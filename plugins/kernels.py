@@ -375,7 +375,8 @@ class Kernels:
             dt_min: As in :meth:`ssd_scan`, like the next two; Mamba-2 alone.
             dt_max: Upper limit.
             n_groups: G.
-            logits: float32 [B, V], at the last token that each row uses, or [B, L, V].
+            logits: float32 [B, V], at the last token that each row uses, or [B, L, V]. NaN where, in the one kernel
+                for a row's token on compute capability 9.0, below d 2048, a block's share of a sum is 65536 or more.
             workspace: As in every call, like the next three; dtype is that of the embedding.
             stream: A number or a stream.
             dtype: float32, float16 or bfloat16.
