@@ -606,14 +606,18 @@ def test_python_launches_what_the_compiled_prompt_does(library):
     }  # fmt: skip
 
 
-# Width of published models, and channels of a block, by 8, on 132 multiprocessors.
-PUBLISHED = {
+# Width of published models and some others, and channels of a block, by 8, on 132 multiprocessors.
+WIDTHS = {
+    "mamba-256": (256, 4),
+    "mamba-1792": (1792, 4),
     "mamba-130m": (768, 4),
     "mamba-370m": (1024, 4),
     "mamba-790m": (1536, 4),
     "mamba-1.4b": (2048, 4),
     "mamba-2.8b": (2560, 5),
     "falcon-mamba-7b": (4096, 8),
+    "mamba2-256": (256, 4),
+    "mamba2-1792": (1792, 4),
     "mamba2-130m": (768, 4),
     "mamba2-370m": (1024, 4),
     "mamba2-780m": (1536, 4),
@@ -623,8 +627,8 @@ PUBLISHED = {
 
 
 def a_token(name: str, draw: random.Random, **changed: Any) -> Any:
-    """A call of one row's token of a published model."""
-    width, _ = PUBLISHED[name]
+    """A call of one row's token of a model of these sizes."""
+    width, _ = WIDTHS[name]
     inner, mamba2 = 2 * width, name.startswith("mamba2")
     rank, heads = (0, inner // 64) if mamba2 else (width // 16, 0)
     sizes = {"batch": 1, "length": 1, "layers": 2, "width": width, "inner": inner, "conv_width": 4, "vocab": 50280}
@@ -652,9 +656,9 @@ def compare(library: ctypes.CDLL, call: Any, device: Device) -> list[Any]:
     return planned
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", WIDTHS)
 def test_one_rows_token_is_one_kernel_and_the_head(library, name):
-    draw, units = random.Random(name), PUBLISHED[name][-1]
+    draw, units = random.Random(name), WIDTHS[name][-1]
     for dtype, T in ((1, "__half"), (2, "__nv_bfloat16")):
         for layers in (2, 3, 64):  # two tables
             call = a_token(name, draw, dtype=dtype, layers=layers)
@@ -740,7 +744,7 @@ def of_rows(planned: list[Any]) -> list[str]:
 def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
     draw, workspace = random.Random(name), library.mamba_model_workspace
     workspace.restype = ctypes.c_size_t
-    least = 3 if name.startswith("mamba2") or PUBLISHED[name][0] >= 2048 else 12
+    least = 3 if name.startswith("mamba2") or WIDTHS[name][0] >= 2048 else 12
     for batch in (2, 3, 11, 12, 64, 65, 128, 129):
         for dtype, T in ((1, "__half"), (2, "__nv_bfloat16")):
             call = a_token(name, draw, batch=batch, dtype=dtype)
