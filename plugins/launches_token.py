@@ -115,13 +115,11 @@ def _is_cut(c: Any, units: int) -> bool:
     blocks = c.inner // own
     if c.inner % own or blocks == 0 or blocks > _MOST_BLOCKS:
         return False
-    a = _cut(c, units)
+    a, shares_width = _cut(c, units), c.width % (2 * blocks) == 0
     if _adds_to_sums(c):
-        is_split = not c.heads or (c.width % (2 * blocks) == 0 and a.own_width <= own)
-        return bool(units == _SUM_UNITS and a.low <= 32 * _WARPS and is_split)
-    if blocks % _WARPS or c.width % (2 * blocks):
-        return False
-    return bool(a.part <= 32 and a.own_low <= 2 * _WARPS)
+        shares_x = not c.heads or (shares_width and a.own_width <= own)
+        return bool(units == _SUM_UNITS and a.low <= 32 * _WARPS and shares_x)
+    return bool(shares_width and blocks % _WARPS == 0 and a.part <= 32 and a.own_low <= 2 * _WARPS)
 
 
 def _cut(c: Any, units: int) -> _Token:

@@ -51,14 +51,13 @@ Token cut(const MambaModel& c, int units) {
 bool is_cut(const MambaModel& c, int units) {
     const int own = 8 * units, blocks = c.inner / own;
     if (c.inner % own != 0 || blocks == 0 || blocks > token::kMostBlocks) return false;
-    if (adds_to_sums(c)) {  // own_width: for more a slot would be larger, and slots too few for those that are held
-        const Token a = cut(c, units);
-        return units == kSumUnits && a.low <= token::kThreads &&
-               (!is_mamba2(c) || (c.width % (2 * blocks) == 0 && a.own_width <= 8 * units));
-    }
-    if (blocks % token::kWarps != 0 || c.width % blocks != 0 || c.width / blocks % 2 != 0) return false;
     const Token a = cut(c, units);
-    return a.part <= 32 && a.own_low <= 2 * token::kWarps;
+    const bool shares_width = c.width % (2 * blocks) == 0;
+    if (adds_to_sums(c)) {  // own_width: for more a slot would be larger, and slots too few for those that are held
+        const bool shares_x = !is_mamba2(c) || (shares_width && a.own_width <= own);
+        return units == kSumUnits && a.low <= token::kThreads && shares_x;
+    }
+    return shares_width && blocks % token::kWarps == 0 && a.part <= 32 && a.own_low <= 2 * token::kWarps;
 }
 
 // Whether sizes are such as the kernel has been written for, all of published models but those with groups of states.

@@ -306,10 +306,11 @@ struct Exchange {
     __device__ __forceinline__ uint64_t* out_sums(int layer) const { return a.sums + layer * a.layer_sums + a.low; }
     static __device__ __forceinline__ int out_place(int column) { return MAMBA2 ? column + column / 64 * 2 : column; }
     static __device__ __forceinline__ int squares_place(int column) { return column / 64 * 66 + 64; }
-    // Two sums of them: where the first, of small units, is out of range, the second.
+    // Two sums of them, in units of kSquareUnit and of 1: where the first is out of range, the second counts.
+    static constexpr float kSquareUnit = 0x1p-20f;
     static __device__ __forceinline__ float squares_of(const TwoWords& words) {
         const float2 sums = words.sums(1.0f);
-        return isnan(sums.x) ? sums.y : sums.x * 0x1p-20f;
+        return isnan(sums.x) ? sums.y : sums.x * kSquareUnit;
     }
 
     __device__ __forceinline__ void put_out(int column, float v) const {
@@ -326,7 +327,7 @@ struct Exchange {
         if (SUMS) {
             for (int group = warp; group < a.width / 64; group += kWarps) {
                 if (lane >= 2) continue;
-                add_share(out_sums(l) + squares_place(64 * group) + lane, lane == 0 ? squares * 0x1p20f : squares);
+                add_share(out_sums(l) + squares_place(64 * group) + lane, lane == 0 ? squares * (1.0f / kSquareUnit) : squares);
             }
         } else if (warp == 0) {
             for (int to = lane; to < blocks; to += 32) {
