@@ -24,6 +24,12 @@ __device__ __forceinline__ void bar_wait(uint32_t bar, uint32_t parity) {
         "{\n .reg .pred p;\n again:\n mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n @!p bra again;\n}\n"
         : : "r"(bar), "r"(parity) : "memory");
 }
+__device__ __forceinline__ bool bar_is_over(uint32_t bar, uint32_t parity) {
+    uint32_t over;
+    asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}\n"
+                 : "=r"(over) : "r"(bar), "r"(parity) : "memory");
+    return over != 0;
+}
 __device__ __forceinline__ void bar_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" : : "r"(bar) : "memory");
 }
@@ -79,6 +85,10 @@ __device__ __forceinline__ uint32_t address_in(int block, uint32_t address) {
 __device__ __forceinline__ void send_pair(uint32_t there, uint32_t bar_there, float first, float second) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];"
                  : : "r"(there), "r"(bar_there), "f"(first), "f"(second) : "memory");
+}
+__device__ __forceinline__ void send_four(uint32_t there, uint32_t bar_there, const float (&v)[4]) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
+                 : : "r"(there), "r"(bar_there), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
 }
 // As bar_wait(), for what other blocks send.
 __device__ __forceinline__ void bar_wait_of_cluster(uint32_t bar, uint32_t parity) {

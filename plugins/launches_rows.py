@@ -81,7 +81,7 @@ def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device)
     p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, sums)
     stage = 2 * _INPUTS * (columns + tiles * _ROWS)
     stages = min((HOPPER_SHARED - 1024) // stage, _MOST_STAGES)
-    shared = stages * (stage + _BARS) + 8
+    shared = stages * (stage + _BARS) + 16
     grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
     name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
     return Launch("rows_product.cuh", name, grid, (_THREADS,), shared, (p,), _SPLIT)

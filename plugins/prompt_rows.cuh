@@ -105,22 +105,32 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
     }
     if constexpr (sizeof(X) == 4) {
         if (a.sums != nullptr && used) {
+            constexpr int kAtOnce = kEarly && VEC > 1 ? kHeld : 1;  // all loads first, where they are few
+            Neighbours<float, VEC> in[kAtOnce][kSums];
+            const auto column = [&](int i) { return begin + i * step; };
 #pragma unroll
-            for (int i = 0; i < kHeld; i++) {
-                const int c = begin + i * step;
-                if (c >= a.width) continue;
-                Neighbours<float, VEC> in[kSums];
+            for (int first = 0; first < kHeld; first += kAtOnce) {
 #pragma unroll
-                for (int s = 0; s < kSums; s++) in[s].load_written(a.sums + (s * a.rows + from) * a.width + c);
-                Pack<float, VEC> out;
+                for (int i = 0; i < kAtOnce; i++) {
 #pragma unroll
-                for (int s = 0; s < kSums; s++) {
-                    float part[VEC];
-                    in[s].get(part);
-#pragma unroll
-                    for (int v = 0; v < VEC; v++) out.v[v] = values[i][v] += part[v];
+                    for (int s = 0; s < kSums; s++) {
+                        if (column(first + i) >= a.width) continue;
+                        in[i][s].load_written(a.sums + (s * a.rows + from) * a.width + column(first + i));
+                    }
                 }
-                store(a.total + from * a.width + c, out);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; i++) {
+                    if (column(first + i) >= a.width) continue;
+                    Pack<float, VEC> out;
+#pragma unroll
+                    for (int s = 0; s < kSums; s++) {
+                        float part[VEC];
+                        in[i][s].get(part);
+#pragma unroll
+                        for (int v = 0; v < VEC; v++) out.v[v] = values[first + i][v] += part[v];
+                    }
+                    store(a.total + from * a.width + column(first + i), out);
+                }
             }
         }
     }

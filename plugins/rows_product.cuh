@@ -3,7 +3,7 @@
 //
 // Bound by the weights and, for every block reads it again, by x. So the two blocks of a cluster share some columns and
 // split their inputs: a block then reads all of its weights and half of x. Both come through a ring of stages in shared
-// memory, by bulk copies of one thread, the first weights before the kernel ahead has ended: a multiprocessor has room for
+// memory, by bulk copies of a thread each, the first weights before the kernel ahead has ended: a multiprocessor has room for
 // much of them. A warpgroup multiplies 64 rows, whatever there are, straight from shared memory. In the end each block
 // finishes half of the rows, whose sums the other writes into its shared memory.
 #pragma once
@@ -15,11 +15,12 @@ namespace mamba {
 namespace rows {
 
 constexpr int kRows = 64, kInputs = 64;  // of a tile of wgmma; of a stage
-constexpr int kThreads = 384;            // one warp brings stages, the first warpgroups multiply, all finish
+constexpr int kBox = 2 * kInputs * 64;   // bytes, of x and of weights alike
+constexpr int kThreads = 384;            // first warpgroups multiply, two warps bring weights and x; the rest, or all, finish
+constexpr int kWarps = kThreads / 32;
 constexpr int kSplit = 2;                // blocks of a cluster, which share columns and split inputs
 constexpr int kMostStages = 10;
 constexpr int kBarBytes = 24;            // a stage's barriers: its weights are there; its x is; it is done with
-constexpr int kAheadFrom = 16;           // rows, from which on not all slots' weights are asked for at once
 
 template <typename T>
 constexpr bool kIsHalf = false;
@@ -30,12 +31,12 @@ constexpr bool kIsHalf<__half> = true;
 template <int COLUMNS, int TILES>
 struct Tile {
     static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64;
-    static constexpr int kBox = 2 * kInputs * 64;  // bytes, of x and of weights alike
     static constexpr int kWeights = 2 * kInputs * COLUMNS, kStage = kWeights + TILES * kBox;
     static constexpr int kFit = (kHopperShared - 1024) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
     static constexpr int kAhead = COLUMNS > 64 ? 2 : 3;  // stages of weights then: more would queue, and other reads behind
     static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
-    static constexpr int kBars = kStages * kStage, kSumsBar = kBars + kBarBytes * kStages, kBytes = kSumsBar + 8;
+    static constexpr int kBars = kStages * kStage, kSumsBar = kBars + kBarBytes * kStages, kEndedBar = kSumsBar + 8;
+    static constexpr int kBytes = kEndedBar + 8;
     // Threads that registers are shared out to: so few each, where that will do, that a block of a norm has some too.
     static constexpr int kSharing = COLUMNS > 160 ? kThreads : 480;
     static_assert(4 * kSplit * TILES * kRows / 2 * kPitch <= kStages * kStage, "sums lie in the ring's place");
@@ -53,14 +54,12 @@ struct Product {
 
 // --- wgmma: the left operand [64, 16] has its rows in shared memory, the right one [16, columns] its columns
 
-// An operand of lines of SWIZZLE bytes, one after the other, as a bulk copy leaves them: the upper half of what describes it,
-// and the lower. The latter is from an address that all threads of a warp are known to share: else each costs four moves.
+// An operand of lines of SWIZZLE bytes, one after the other, as a bulk copy leaves them, of 64 columns the next kBox bytes on:
+// the upper half of what describes it, and the lower. The latter is from an address that all threads of a warp are known to
+// share: else each costs four moves.
 template <int SWIZZLE>
 constexpr uint32_t kUpper = (SWIZZLE == 128 ? 1u : SWIZZLE == 64 ? 2u : 3u) << 30 | 8 * SWIZZLE / 16;
-template <int SWIZZLE>
-__device__ __forceinline__ uint32_t lower(uint32_t address) {
-    return 8 * SWIZZLE / 16 << 16 | address >> 4;
-}
+__device__ __forceinline__ uint32_t lower(uint32_t address) { return kBox / 16 << 16 | address >> 4; }
 __device__ __forceinline__ uint32_t shared_by_warp(uint32_t v) { return __shfl_sync(~0u, v, 0); }
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
@@ -77,27 +76,39 @@ __device__ __forceinline__ void are_there(float (&d)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i]));
 }
 
-#define MAMBA_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define MAMBA_LOWER "r"(x), "r"(w), "n"(kUpper<128>), "n"(kUpper<SWIZZLE>)
+#define MAMBA_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MAMBA_NAMES_16 MAMBA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MAMBA_NAMES_32                                                                                                     \
+    MAMBA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MAMBA_NAMES_64                                                                                                     \
+    MAMBA_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                    \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MAMBA_NAMES_96                                                                                                     \
+    MAMBA_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                    \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MAMBA_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MAMBA_8(i) MAMBA_4(i), MAMBA_4(i + 4)
+#define MAMBA_16(i) MAMBA_8(i), MAMBA_8(i + 8)
+#define MAMBA_32(i) MAMBA_16(i), MAMBA_16(i + 16)
+#define MAMBA_64(i) MAMBA_32(i), MAMBA_32(i + 32)
+#define MAMBA_96(i) MAMBA_64(i), MAMBA_32(i + 64)
+// X, W, XU, WU: the numbers of the operands behind the sums.
+#define MAMBA_PRODUCT(TYPE, COLUMNS, SUMS, X, W, XU, WU)                                                                   \
+    asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%" #X ", %" #XU "};\n mov.b64 w, {%" #W ", %" #WU "};\n"               \
+                 " wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE " {" MAMBA_NAMES_##SUMS            \
+                 "}, x, w, 1, 1, 1, 0, 1;\n}\n"                                                                            \
+                 : MAMBA_##SUMS(0) : "r"(x), "r"(w), "n"(kUpper<128>), "n"(kUpper<SWIZZLE>))
 #define MAMBA_MULTIPLY(TYPE)                                                                                               \
-    if constexpr (COUNT == 32) {                                                                                           \
-        asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%32, %34};\n mov.b64 w, {%33, %35};\n"                             \
-                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                                          \
-                     " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "   \
-                     "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, x, w, 1, 1, 1, 0, 1;\n}\n"                   \
-                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4), MAMBA_FOUR(d, 8), MAMBA_FOUR(d, 12), MAMBA_FOUR(d, 16),         \
-                       MAMBA_FOUR(d, 20), MAMBA_FOUR(d, 24), MAMBA_FOUR(d, 28)                                             \
-                     : MAMBA_LOWER);                                                                                       \
+    if constexpr (COUNT == 96) {                                                                                           \
+        MAMBA_PRODUCT(TYPE, 192, 96, 96, 97, 98, 99);                                                                      \
+    } else if constexpr (COUNT == 64) {                                                                                    \
+        MAMBA_PRODUCT(TYPE, 128, 64, 64, 65, 66, 67);                                                                      \
+    } else if constexpr (COUNT == 32) {                                                                                    \
+        MAMBA_PRODUCT(TYPE, 64, 32, 32, 33, 34, 35);                                                                       \
     } else if constexpr (COUNT == 16) {                                                                                    \
-        asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%16, %18};\n mov.b64 w, {%17, %19};\n"                             \
-                     " wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                          \
-                     " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, x, w, 1, 1, 1, 0, 1;\n}\n"  \
-                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4), MAMBA_FOUR(d, 8), MAMBA_FOUR(d, 12) : MAMBA_LOWER);             \
+        MAMBA_PRODUCT(TYPE, 32, 16, 16, 17, 18, 19);                                                                       \
     } else {                                                                                                               \
-        asm volatile("{\n .reg .b64 x, w;\n mov.b64 x, {%8, %10};\n mov.b64 w, {%9, %11};\n"                               \
-                     " wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                                          \
-                     " {%0, %1, %2, %3, %4, %5, %6, %7}, x, w, 1, 1, 1, 0, 1;\n}\n"                                        \
-                     : MAMBA_FOUR(d, 0), MAMBA_FOUR(d, 4) : MAMBA_LOWER);                                                  \
+        MAMBA_PRODUCT(TYPE, 16, 8, 8, 9, 10, 11);                                                                          \
     }
 
 template <typename T, int SWIZZLE, int COUNT>
@@ -109,54 +120,76 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t x, uint32_t
     }
 }
 #undef MAMBA_MULTIPLY
-#undef MAMBA_LOWER
-#undef MAMBA_FOUR
+#undef MAMBA_PRODUCT
+#undef MAMBA_96
+#undef MAMBA_64
+#undef MAMBA_32
+#undef MAMBA_16
+#undef MAMBA_8
+#undef MAMBA_4
+#undef MAMBA_NAMES_96
+#undef MAMBA_NAMES_64
+#undef MAMBA_NAMES_32
+#undef MAMBA_NAMES_16
+#undef MAMBA_NAMES_8
 
-// The warp that brings stages: one lane.
-template <int COLUMNS, int TILES>
-__device__ __forceinline__ void bring(const Product& p, uint32_t ring, uint32_t bars, int column, int input, int stages) {
-    using Own = Tile<COLUMNS, TILES>;
-    const uint64_t policy = evict_first();
-    const int ahead = p.a.batch < kAheadFrom ? Own::kStages - 1 : Own::kAhead;
-    int behind = 0, count = 0;
-    uint32_t behind_parity = 0;
-    const auto weights = [&](int slot, int k) {
-        if (count++ >= ahead) {
-            bar_wait(bars + kBarBytes * behind, behind_parity);
-            if (++behind == Own::kStages) behind = 0, behind_parity ^= 1;
-        }
-        const uint32_t to = ring + slot * Own::kStage, bar = bars + kBarBytes * slot;
-        bar_expect(bar, Own::kWeights);
-#pragma unroll
-        for (int i = 0; i < Own::kWhole; i++) copy_box(to + i * Own::kBox, p.weight, column + 64 * i, k, bar, policy);
-        if (Own::kRest > 0) copy_box(to + Own::kWhole * Own::kBox, p.rest, column + 64 * Own::kWhole, k, bar, policy);
-    };
-    const auto x = [&](int slot, int k) {
-        const uint32_t to = ring + slot * Own::kStage + Own::kWeights, bar = bars + kBarBytes * slot + 8;
-        bar_expect(bar, TILES * Own::kBox);
-#pragma unroll
-        for (int i = 0; i < TILES; i++) copy_box(to + i * Own::kBox, p.x, k, kRows * i, bar);
-    };
-    const int first = min(stages, Own::kStages);
-    for (int s = 0; s < first; s++) weights(s, input + s * kInputs);
-    wait_for_previous();
-    for (int s = 0; s < first; s++) x(s, input + s * kInputs);
+// Stages behind the first of each slot, when that is done with.
+template <int SLOTS, typename Bring>
+__device__ __forceinline__ void bring_again(uint32_t bars, int stages, Bring&& bring) {
     int slot = 0;
     uint32_t parity = 0;
 #pragma unroll 1
-    for (int s = first; s < stages; s++) {
+    for (int s = SLOTS; s < stages; s++) {
         bar_wait(bars + kBarBytes * slot + 16, parity);
-        weights(slot, input + s * kInputs);
-        x(slot, input + s * kInputs);
-        if (++slot == Own::kStages) slot = 0, parity ^= 1;
+        bring(slot, s);
+        if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
+}
+
+// The lane that brings weights. Until the kernel ahead has ended few are on their way.
+template <int COLUMNS, int TILES>
+__device__ __forceinline__ void bring_weights(
+    const Product& p, uint32_t ring, uint32_t bars, uint32_t ended, int column, int input, int stages) {
+    using Own = Tile<COLUMNS, TILES>;
+    const uint64_t policy = evict_first();
+    const auto bring = [&](int slot, int k) {
+        const uint32_t to = ring + slot * Own::kStage, bar = bars + kBarBytes * slot;
+        bar_expect(bar, Own::kWeights);
+#pragma unroll
+        for (int i = 0; i < Own::kWhole; i++) copy_box(to + i * kBox, p.weight, column + 64 * i, k, bar, policy);
+        if (Own::kRest > 0) copy_box(to + Own::kWhole * kBox, p.rest, column + 64 * Own::kWhole, k, bar, policy);
+    };
+    for (int s = 0; s < min(stages, Own::kStages); s++) {
+        if (s >= Own::kAhead) {
+            while (!bar_is_over(bars + kBarBytes * (s - Own::kAhead), 0) && !bar_is_over(ended, 0)) {}
+        }
+        bring(s, input + s * kInputs);
+    }
+    bring_again<Own::kStages>(bars, stages, [&](int slot, int s) { bring(slot, input + s * kInputs); });
+}
+
+// The lane that brings x.
+template <int COLUMNS, int TILES>
+__device__ __forceinline__ void bring_x(
+    const Product& p, uint32_t ring, uint32_t bars, uint32_t ended, int input, int stages) {
+    using Own = Tile<COLUMNS, TILES>;
+    const auto bring = [&](int slot, int s) {
+        const uint32_t to = ring + slot * Own::kStage + Own::kWeights, bar = bars + kBarBytes * slot + 8;
+        bar_expect(bar, TILES * kBox);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) copy_box(to + i * kBox, p.x, input + s * kInputs, kRows * i, bar);
+    };
+    wait_for_previous();
+    bar_arrive(ended);
+    for (int s = 0; s < min(stages, Own::kStages); s++) bring(s, s);
+    bring_again<Own::kStages>(bars, stages, bring);
 }
 
 // A warpgroup's 64 rows: their sums to the blocks that finish them.
 template <typename T, int COLUMNS, int TILES>
 __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int tile, int stages, float (&sums)[COLUMNS / 2]) {
     using Own = Tile<COLUMNS, TILES>;
-    float whole[Own::kWhole][32] = {}, rest[Own::kRest > 0 ? Own::kRest / 2 : 8] = {};
+    float whole[32 * Own::kWhole] = {}, rest[Own::kRest > 0 ? Own::kRest / 2 : 8] = {};
     int slot = 0;
     uint32_t parity = 0;
     const auto give_back = [&](int of) {
@@ -168,15 +201,14 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         bar_wait(bars + kBarBytes * slot + 8, parity);
         products_begin();
         // Without the bits that say which block of the cluster it is: they would fall into the distances.
-        const uint32_t at = shared_by_warp((ring + slot * Own::kStage) & 0x3FFFF), x = at + Own::kWeights + tile * Own::kBox;
+        const uint32_t at = shared_by_warp((ring + slot * Own::kStage) & 0x3FFFF), x = at + Own::kWeights + tile * kBox;
 #pragma unroll
         for (int k = 0; k < kInputs / 16; k++) {
-            const uint32_t left = lower<128>(x + 32 * k);
-#pragma unroll
-            for (int i = 0; i < Own::kWhole; i++) multiply<T, 128>(whole[i], left, lower<128>(at + i * Own::kBox + 2048 * k));
+            const uint32_t left = lower(x + 32 * k);
+            multiply<T, 128>(whole, left, lower(at + 2048 * k));
             if constexpr (Own::kRest > 0) {
                 constexpr int kLine = 2 * Own::kRest;
-                multiply<T, kLine>(rest, left, lower<kLine>(at + Own::kWhole * Own::kBox + 16 * kLine * k));
+                multiply<T, kLine>(rest, left, lower(at + Own::kWhole * kBox + 16 * kLine * k));
             }
         }
         products_commit();
@@ -185,10 +217,32 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         if (++slot == Own::kStages) slot = 0, parity ^= 1;
     }
     products_wait<0>();
-    for (auto& of_box : whole) are_there(of_box);
+    are_there(whole);
     are_there(rest);
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 2; i++) sums[i] = i / 32 < Own::kWhole ? whole[i / 32][i % 32] : rest[i % 32];
+    for (int i = 0; i < COLUMNS / 2; i++) sums[i] = i < 32 * Own::kWhole ? whole[i] : rest[i % 32];
+}
+
+// A lane's sums of a row, pairs of columns 8 apart, to a block: two pairs together, for what counts is how many are sent.
+template <int COLUMNS>
+__device__ __forceinline__ void put_row(const step::Sums& sums, float* to, int block, int own, const float* pairs) {
+    const uint32_t there = address_in(block, shared_address(to)), bar_there = address_in(block, sums.bar);
+#pragma unroll
+    for (int i = 0; i < COLUMNS / 16; i++) {
+        const float* const v = pairs + 8 * i;
+        const float four[4] = {v[0], v[1], v[4], v[5]};
+        if (block != own) {
+            send_four(there + 64 * i, bar_there, four);
+        } else {
+            store(to + 16 * i, Pack<float, 4>{four[0], four[1], four[2], four[3]});
+        }
+    }
+}
+// Four neighbouring columns of what that has left.
+__device__ __forceinline__ Pack<float, 4> get_quad(const float* row, int quad) {
+    const float* const from = row + quad / 4 * 16 + quad % 2 * 8 + quad % 4 / 2 * 2;
+    const Pack<float, 2> first = load<float, 2>(from), second = load<float, 2>(from + 4);
+    return {first.v[0], first.v[1], second.v[0], second.v[1]};
 }
 
 #endif
@@ -201,7 +255,7 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     using Own = Tile<COLUMNS, TILES>;
     extern __shared__ __align__(1024) char shared[];
     const step::Linear& a = p.a;
-    const uint32_t ring = shared_address(shared), first_bar = ring + Own::kBars;
+    const uint32_t ring = shared_address(shared), first_bar = ring + Own::kBars, ended = ring + Own::kEndedBar;
     const step::Sums others{ring + Own::kSumsBar};
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % kSplit;
     const int share = (a.batch + kSplit - 1) / kSplit, first = rank * share, until = min(share, a.batch - first);
@@ -214,45 +268,35 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
         bar_init(own + 16, kMultiply);
         bars_are_there();
     }
-    if (threadIdx.x == 0) others.expect(4 * until * COLUMNS);
+    if (threadIdx.x == 0) {
+        bar_init(ended, 1);
+        others.expect(4 * until * COLUMNS);
+    }
     __syncthreads();
-    if (warp == kThreads / 32 - 1) {
-        if (lane == 0) {
-            bring<COLUMNS, TILES>(p, ring, first_bar, column, (blockIdx.y * kSplit + rank) * inputs, stages);
+    if (warp >= kWarps - 2) {
+        const int input = (blockIdx.y * kSplit + rank) * inputs;
+        if (lane == 0 && warp == kWarps - 2) bring_x<COLUMNS, TILES>(p, ring, first_bar, ended, input, stages);
+        if (lane == 0 && warp == kWarps - 1) {
+            bring_weights<COLUMNS, TILES>(p, ring, first_bar, ended, column, input, stages);
         }
         __syncwarp();
     }
-    // A thread finishes 4 columns of every kAtOnce-th row of this block's share.
-    constexpr int kQuads = COLUMNS / 4, kAtOnce = kThreads / kQuads;
-    // Rows that a thread reads before it needs the first: all of 64.
-    constexpr int kTurn = TILES == 1 ? (kRows / kSplit + kAtOnce - 1) / kAtOnce : 2;
-    const int quad = threadIdx.x % kQuads, own_row = threadIdx.x / kQuads;
+    // A thread finishes 4 columns of every kAtOnce-th row of this block's share; of up to 64 rows, one that does not multiply,
+    // and has read what stands around them meanwhile.
+    constexpr bool kApart = TILES == 1;
+    constexpr int kFirst = kApart ? 32 * kMultiply : 0, kQuads = COLUMNS / 4, kAtOnce = (kThreads - kFirst) / kQuads;
+    // Rows that a thread reads before it needs the first: four, for more would not stay in registers.
+    constexpr int kNeeded = (kRows / kSplit + kAtOnce - 1) / kAtOnce, kTurn = !kApart ? 2 : kNeeded < 4 ? kNeeded : 4;
+    const int of_finish = static_cast<int>(threadIdx.x) - kFirst, quad = max(of_finish, 0) % kQuads, own_row = of_finish / kQuads;
     const step::FourColumns<T> columns(a, column + 4 * quad);
-    const bool finishes = columns.m < a.outputs && own_row < kAtOnce;
-    if (columns.convolved) {
+    const bool finishes = columns.m < a.outputs && of_finish >= 0 && own_row < kAtOnce;
+    if (finishes && columns.convolved) {
         for (int row = own_row; row < until; row += kAtOnce) {
             prefetch(static_cast<const T*>(a.conv_state) + columns.state(a, first + row));
         }
     }
     let_next_start();
     wait_for_previous();
-    float* const results = reinterpret_cast<float*>(shared);  // [kSplit, share, kPitch], in the ring's place
-    if (warp < kMultiply) {
-        float sums[COLUMNS / 2];
-        multiply_rows<T, COLUMNS, TILES>(ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), stages, sums);
-        cluster_meet();
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = 16 * warp + lane / 4 + 8 * half, block = row / share;
-            if (row >= a.batch) continue;
-            float* const to = results + (rank * share + row - block * share) * Own::kPitch + lane % 4 * 2;
-            others.put<COLUMNS / 8>(to, block, rank, [&](int i) {
-                return make_float2(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
-            });
-        }
-    } else {
-        cluster_meet();
-    }
     step::FourAround<T> around[kTurn];
     const auto read = [&](int row) {
 #pragma unroll
@@ -262,7 +306,23 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
             }
         }
     };
-    read(own_row);
+    float* const results = reinterpret_cast<float*>(shared);  // [kSplit, share, kPitch], in the ring's place
+    if (warp < kMultiply) {
+        float sums[COLUMNS / 2];
+        multiply_rows<T, COLUMNS, TILES>(ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), stages, sums);
+        cluster_meet();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = 16 * warp + lane / 4 + 8 * half, block = row < share ? 0 : 1;
+            if (row >= a.batch) continue;
+            float* const to = results + (rank * share + row - block * share) * Own::kPitch + lane % 4 * 4;
+            put_row<COLUMNS>(others, to, block, rank, sums + 2 * half);
+        }
+    } else {
+        if (kApart) read(own_row);
+        cluster_meet();
+    }
+    if (!kApart) read(own_row);
     others.wait(true);
     if (!finishes) return;
 #pragma unroll 1
@@ -271,8 +331,8 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
         for (int i = 0; i < kTurn; i++) {
             const int r = row + i * kAtOnce;
             if (r >= until) break;
-            Pack<float, 4> v = load<float, 4>(results + r * Own::kPitch + 4 * quad);
-            const Pack<float, 4> other = load<float, 4>(results + (share + r) * Own::kPitch + 4 * quad);
+            Pack<float, 4> v = get_quad(results + r * Own::kPitch, quad);
+            const Pack<float, 4> other = get_quad(results + (share + r) * Own::kPitch, quad);
 #pragma unroll
             for (int j = 0; j < 4; j++) v.v[j] += other.v[j];
             if (p.sums == nullptr) {
