@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from ctypes import c_int32, c_void_p
 from typing import Any
 
@@ -60,7 +60,25 @@ def linear_of(call: Any) -> Linear:
 def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     a = Linear(call.batch, call.channels, call.outputs, call.row, 1, x=call.x, weight=call.weight, y=call.y)
-    return _linear(a, call.dtype, call.dtype, workspace, device)
+    _complete(a, BYTES[call.dtype])
+    tiles = 1 if a.batch <= 16 else 2
+    needed, most = _low_bytes(a, tiles), device.shared_bytes - _LOW_SPARE
+    aligned = a.by_16 and not (a.outputs % 8 or a.y % 8)
+    if BYTES[call.dtype] != 2 or device.major < 9 or a.batch <= _NORM_ROWS or not aligned or needed > most:
+        return _linear(a, call.dtype, call.dtype, workspace, device)
+    grid = (ceil_div(a.outputs, _LOW_OUTPUTS) * _LOW_SPLIT, ceil_div(a.batch, 16 * tiles))
+    name, shared = kernel_name("step", "x_proj_kernel", TYPES[call.dtype], tiles), max(needed, min(_LOW_SHARED, most))
+    return [Launch("step_x_proj.cuh", name, grid, (32 * _LOW_WARPS,), shared, (a,), _LOW_SPLIT)]
+
+
+_LOW_WARPS, _LOW_SPLIT, _LOW_OUTPUTS, _LOW_SHARED, _LOW_SPARE = 8, 8, 32, 192 << 10, 1024
+
+
+def _low_bytes(a: Linear, tiles: int) -> int:
+    """Of shared memory of x_proj_kernel, 16 ``tiles`` rows a cluster."""
+    rows, inputs = 16 * tiles, 16 * ceil_div(a.inputs, 16 * _LOW_WARPS * _LOW_SPLIT)
+    ring, sums = inputs * (2 * _LOW_OUTPUTS + 16) + rows * (2 * inputs + 16), 4 * rows * (_LOW_OUTPUTS + 8)
+    return 4 * rows * _LOW_OUTPUTS + _LOW_WARPS * max(ring, sums)
 
 
 def out_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
@@ -217,26 +235,21 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
     return [norm, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
 
 
-_UPDATE_BLOCKS, _UPDATE_START, _LEAST_TURN = 4, 12, 3  # of update_rows_kernel
-
-
 def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     item = BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
     groups, rows = ceil_div(call.channels, channels), 1
 
-    def waves(rows: int, blocks: int) -> int:
-        return ceil_div(groups * ceil_div(call.batch, rows), blocks * device.multiprocessors)
-
-    if item == 2 and device.major >= 8 and call.state_size == 16 and call.batch > 2 and waves(2, 2) > 1:
-        rows, turn = _rows_of_update(call, lambda rows: waves(rows, _UPDATE_BLOCKS), device)
-        shared = _update_bytes(call, rows, 256, min(rows, 2 * turn))
-        types = (TYPES[call.dtype], TYPES[call.state_dtype])
-        name = kernel_name("scan", "update_rows_kernel", *types, 1 if rows <= _COLUMNS else 2)
-        grid, arguments = (groups, ceil_div(call.batch, rows)), (call, c_int32(rows), c_int32(turn))
-        return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, arguments)]
-    while rows < min(call.batch, _COLUMNS) and waves(rows, 2) > 1:
+    if item == 2 and device.major >= 8 and call.state_size == 16 and call.batch > 2 and not call.ssm_state % 16:
+        rows = min(call.batch, _COLUMNS)
+        while rows > 1 and _update_bytes(call, rows, 256, rows) > device.shared_bytes:
+            rows -= 1
+        shared = _update_bytes(call, rows, 256, rows)
+        name = kernel_name("scan", "update_rows_kernel", TYPES[call.dtype], TYPES[call.state_dtype])
+        grid = (groups, ceil_div(call.batch, rows))
+        return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call, c_int32(rows)))]
+    while rows < min(call.batch, _COLUMNS) and groups * ceil_div(call.batch, rows) > 2 * device.multiprocessors:
         rows += 1
     name = kernel_name("scan", "update_kernel", TYPES[call.dtype], rows if rows <= 2 else _COLUMNS)
     while rows > 1 and _update_bytes(call, rows, warps * channels, 0) > device.shared_bytes:
@@ -250,21 +263,6 @@ def _update_bytes(call: Any, rows: int, sums_of_row: int, held_rows: int) -> int
     low = ceil_div(rows * _shared_stride(call.rank) * BYTES[call.dtype], 16) * 16
     held = held_rows * 1024 * BYTES[call.state_dtype]
     return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * sums_of_row + held
-
-
-def _rows_of_update(call: Any, waves: Callable[[int], int], device: Device) -> tuple[int, int]:
-    """Rows of a block of update_rows_kernel, and half of those whose old states it holds, as in ``step.cu``."""
-
-    def turn_of(rows: int) -> int:
-        room = (device.shared_bytes + 1024) // _UPDATE_BLOCKS - 1024 - _update_bytes(call, rows, 256, 0)
-        held = (rows + 1) // 2
-        return held if rows <= _COLUMNS else min(held, room // (2048 * BYTES[call.state_dtype]))
-
-    fitting = (r for r in range(3, min(call.batch, 2 * _COLUMNS) + 1) if r <= _COLUMNS or turn_of(r) >= _LEAST_TURN)
-    rows = min(fitting, key=lambda rows: waves(rows) * (rows + _UPDATE_START))
-    while rows > 1 and _update_bytes(call, rows, 256, min(rows, 2 * turn_of(rows))) > device.shared_bytes:
-        rows -= 1
-    return rows, turn_of(rows)
 
 
 def workspace_floats(op: str, call: Any) -> int:

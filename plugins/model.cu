@@ -63,7 +63,8 @@ int chain(const MambaModel& c, void* workspace, cudaStream_t stream) {
             run(mamba_ssd_update, ssd_update(c, l, at.projected, at.y));
         } else {
             run(mamba_x_proj, x_proj(c, l, at.projected, at.low));
-            run(mamba_selective_update, selective_update(c, l, at.projected, at.low, at.y));
+            const MambaSelectiveUpdate update = selective_update(c, l, at.projected, at.low, at.y);
+            if (error == cudaSuccess) error = selective_update_early(update, stream);
         }
         run(mamba_out_proj, out_proj(c, l, at.y, before, at.hidden[(i + 1) % 2]));
     }

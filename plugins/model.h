@@ -20,6 +20,9 @@ bool is_rows(const MambaModel& call);
 cudaError_t rows_in_proj(const MambaModel& call, const MambaLayer& layer, const void* x, void* y, cudaStream_t stream);
 cudaError_t rows_out_proj(const MambaModel& call, const MambaLayer& layer, const void* x, float* sums, cudaStream_t stream);
 
+// step.cu: mamba_selective_update() where no kernel writes the old states that may not have ended two kernels ahead of it.
+int selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream);
+
 // token.cu: one row's token in one kernel, where that can be and is faster. The workspace is enough for it, whatever the
 // call's batch and length.
 bool is_token(const MambaModel& call);

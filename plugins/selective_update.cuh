@@ -8,6 +8,7 @@
 // else is done meanwhile.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "selective_scan_common.cuh"
 #include "step_product.cuh"
 
@@ -99,11 +100,10 @@ struct UpdateRow {
     bool used;
 };
 
-// dt's input, and B and C, of up to ROWS rows to shared memory, Falcon-Mamba's norms in it; this thread's share. meanwhile()
-// is called once, when what this needs is on its way if it can be so early.
-template <typename T, int WARPS, int ROWS, typename Meanwhile>
+// dt's input, and B and C, of up to ROWS rows to shared memory, Falcon-Mamba's norms in it; this thread's share.
+template <typename T, int WARPS, int ROWS>
 __device__ __forceinline__ void fetch_low(
-    const MambaSelectiveUpdate& a, int b0, int rows, T* low, int stride, float* states, Meanwhile&& meanwhile) {
+    const MambaSelectiveUpdate& a, int b0, int rows, T* low, int stride, float* states) {
     constexpr int kWide = 16 / sizeof(T);
     const int R = a.rank, N = a.state_size, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto put = [&](int r, int i, T v) {  // place i of a row of low
@@ -124,9 +124,8 @@ __device__ __forceinline__ void fetch_low(
             r += WARPS;
         }
     };
-    if (wide) fetch(kWide * lane);
-    meanwhile();
     if (wide) {
+        fetch(kWide * lane);
 #pragma unroll 1
         for (int i = kWide * lane; i < a.low_row; i += kWide * 32) {
             int r = warp;
@@ -215,7 +214,7 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
     for (int r = 0; r < kAhead; r++) {
         if (r < rows) fetch(ahead[r], r);
     }
-    fetch_low<T, kWarps, ROWS>(a, b0, rows, low, stride, states, [] {});
+    fetch_low<T, kWarps, ROWS>(a, b0, rows, low, stride, states);
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
     product.put(sums, rows);
@@ -267,21 +266,25 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
 constexpr int kUpdateAlong = 4;  // warps along the inputs of the product of update_rows_kernel
 constexpr int kUpdateSums = kUpdateChannels<__half> * kUpdateAlong;  // of a row
 
-// Of 16 states of type S, 16-bit weights, on tensor cores, of up to TILES times 8 rows. A warp finds what the lanes of all
-// channels need of a row, and leaves it in shared memory, four values a channel, where the row's sums were. Then four lanes
-// share a channel. Old states come through a ring of two halves of turn_rows rows that take turns; up to 8 rows are all in
-// it. What is waited for first is asked for first: weights, dt's input, old states, then the rest.
-template <typename T, typename S, int TILES>
+// Of 16 states of type S, 16-bit weights, on tensor cores, of up to 8 rows. A warp finds what the lanes of all channels need
+// of its row, and leaves it in shared memory, four values a channel, where its sums were. Then four lanes share a channel.
+// Weights and old states are on their way before the kernel ahead has ended; where there are bulk copies a thread brings the
+// states of all, which leaves more of the multiprocessor to that kernel.
+template <typename T, typename S>
 __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) update_rows_kernel(
-    const MambaSelectiveUpdate a, const int rows_of_block, const int turn_rows) {
+    const MambaSelectiveUpdate a, const int rows_of_block) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kRows = TILES * step::kColumns, N = 16;
+    constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kRows = step::kColumns, N = 16;
     constexpr int kLanes = kUpdateLanes, kOwn = N / kLanes, kHeld = kChannels * N;  // of a channel; of a lane; of a row
-    using Own = step::Product<T, 8, kUpdateAlong, false, 3, TILES>;
+    using Own = step::Product<T, 8, kUpdateAlong, false, 3>;
     constexpr int kShares = kChannels / Own::kOutputs;  // warps across the outputs
-    static_assert(kWarps == step::kColumns && kChannels == 64, "a lane has two channels of its warp's row");
+    static_assert(kWarps == kRows && kChannels == 64, "a lane has two channels of its warp's row");
     static_assert(32 * kWarps == kChannels * kLanes, "all threads have their part of each row");
     static_assert(kWarps == kShares * kUpdateAlong && kUpdateSums == 4 * kChannels, "sums lie where what is found will");
+#if __CUDA_ARCH__ >= 900
+    __shared__ uint64_t states_bar;
+    const uint32_t bar = shared_address(&states_bar);
+#endif
     extern __shared__ float4 memory[];
     char* const shared = reinterpret_cast<char*>(memory);
     const int R = a.rank, D = a.channels, stride = step::shared_stride(R);
@@ -290,7 +293,7 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     float* const found = sums;                                               // [rows, channels, 4]
     float* const states = reinterpret_cast<float*>(shared + layout.states);  // [rows, 2 N]
     T* const low = reinterpret_cast<T*>(shared + layout.low);                // [rows, stride]
-    S* const held = reinterpret_cast<S*>(shared + layout.held) + kOwn * threadIdx.x;  // [turns of rows, threads]
+    S* const held = reinterpret_cast<S*>(shared + layout.held) + kOwn * threadIdx.x;  // [rows, threads, kOwn]
     const int b0 = blockIdx.y * rows_of_block, rows = min(rows_of_block, a.batch - b0), first = blockIdx.x * kChannels;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = warp % kShares * Own::kOutputs;
 
@@ -302,35 +305,31 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     if (a.dt_bias != nullptr) prefetch(a.dt_bias + pair);
     if (a.D != nullptr) prefetch(a.D + pair);
     const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0} * D + c) * N + kOwn * share;
-    const S *const before = static_cast<const S*>(a.ssm_state) + own_state, *line = before + share * of_row;
-#pragma unroll
-    for (int r = 0; r < kRows; r += kLanes, line += kLanes * of_row) {
-        if (r + share < rows) prefetch(line);
+    const S* from = static_cast<const S*>(a.ssm_state) + own_state;
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0) {
+        const int bytes = min(kChannels, D - first) * N * static_cast<int>(sizeof(S));
+        bar_init(bar, 1);
+        bars_are_there();
+        bar_expect(bar, rows * bytes);
+        for (int r = 0; r < rows; r++) copy_line(shared_address(held + r * kHeld), from + r * of_row, bytes, bar);
     }
+#else
+#pragma unroll
+    for (int r = 0; r < kRows; r++, from += of_row) {
+        copy_async_if<kOwn * sizeof(S)>(r < rows, shared_address(held) + r * kHeld * sizeof(S), from);
+    }
+    copy_async_commit();
+#endif
     let_next_start();
     wait_for_previous();
 
-    fetch_low<T, kWarps, kRows>(a, b0, rows, low, stride, states, [&] {
-        copy_async_commit();  // of none: else the compiler has copies go ahead of what fetch_low() asks for
-        const uint32_t to = shared_address(held);
-        const S* from = before;
-#pragma unroll
-        for (int r = 0; r < kRows; r++, from += of_row) {
-            if (r == kRows / 2) copy_async_commit();  // of at least the first turn
-            copy_async_if<kOwn * sizeof(S)>(r < min(rows, 2 * turn_rows), to + r * kHeld * sizeof(S), from);
-        }
-        copy_async_commit();
-    });
+    fetch_low<T, kWarps, kRows>(a, b0, rows, low, stride, states);
     __syncthreads();
     product.run(step::SharedX<T>{low, stride, rows});
-    Pack<T, 2> x[TILES], z[TILES];
     const int length = a.seq_lens[b0 + min(lane, rows - 1)];
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        const int64_t row = b0 + min(warp + tile * kWarps, rows - 1);
-        const T* const xz = static_cast<const T*>(a.xz) + 2 * row * D + pair;
-        x[tile] = load<T, 2>(xz), z[tile] = load<T, 2>(xz + D);
-    }
+    const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + min(warp, rows - 1)} * D + pair;
+    const Pack<T, 2> x = load<T, 2>(xz), z = load<T, 2>(xz + D);
     const uint4 rates = step::load_weights<16>(a.A + int64_t{c} * N + kOwn * share);  // volatile, or the compiler would read
     uint32_t biases[2]{}, skips[2]{};                                                // it where it is needed; so these
 #pragma unroll
@@ -342,20 +341,17 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     const unsigned used = __ballot_sync(~0u, length > 0);  // bits of rows
     __syncthreads();
 
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        const int r = warp + tile * kWarps;
-        if (r >= rows) break;
-        float* const here = sums + r * kUpdateSums;
-        const float2 sum = Own::template sum_of_pair<kChannels>(here, r, 2 * lane);
+    if (warp < rows) {
+        float* const here = sums + warp * kUpdateSums;
+        const float2 sum = Own::template sum_of_pair<kChannels>(here, warp, 2 * lane);
         __syncwarp();  // what this warp alone reads it also writes
         const float dt[2] = {sum.x, sum.y};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const float value = to_float(x[tile].v[i]);
+            const float value = to_float(x.v[i]);
             const float delta = softplus(to_float(from_float<T>(dt[i])) + __uint_as_float(biases[i]));
             const Pack<float, 4> needed{  // delta log2(e), delta x, D x and silu(z)
-                kLog2E * delta, delta * value, __uint_as_float(skips[i]) * value, silu(to_float(z[tile].v[i]))};
+                kLog2E * delta, delta * value, __uint_as_float(skips[i]) * value, silu(to_float(z.v[i]))};
             store(here + 4 * (2 * lane + i), needed);
         }
     }
@@ -364,38 +360,34 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     const bool exists = first + of_block < D;
     Pack<float, kOwn> A;
     memcpy(&A, &rates, sizeof(A));
-    const S* next = before + 2 * turn_rows * of_row;  // to follow on their way
     S* after = static_cast<S*>(a.ssm_state_out) + own_state;
     T* to = static_cast<T*>(a.y) + int64_t{b0} * D + c;
     const float *found_row = found + 4 * of_block, *B_row = states + kOwn * share;
-    int r = 0;
-#pragma unroll 1
-    for (int start = 0, half = 0; start < rows; start += turn_rows, half ^= 1) {
-        copy_async_wait<1>();  // for the older of two turns, of what this thread alone reads
-        S* from = held + (half * turn_rows + r - start) * kHeld;
+#if __CUDA_ARCH__ >= 900
+    bar_wait(bar, 0);
+#else
+    copy_async_wait<0>();  // of what this thread alone reads
+#endif
 #pragma unroll 2
-        for (const int end = min(start + turn_rows, rows); r < end; r++) {
-            const Pack<float, kOwn> B = load<float, kOwn>(B_row), C = load<float, kOwn>(B_row + N);
-            const Pack<float, 4> of = load<float, 4>(found_row);
-            const bool is_used = used >> r & 1;
-            Neighbours<S, kOwn> state;
-            state.load_written(from);
-            float h[kOwn], y = 0.0f;
-            state.get(h);
+    for (int r = 0; r < rows; r++) {
+        const Pack<float, kOwn> B = load<float, kOwn>(B_row), C = load<float, kOwn>(B_row + N);
+        const Pack<float, 4> of = load<float, 4>(found_row);
+        const bool is_used = used >> r & 1;
+        Neighbours<S, kOwn> state;
+        state.load_written(held + r * kHeld);
+        float h[kOwn], y = 0.0f;
+        state.get(h);
 #pragma unroll
-            for (int i = 0; i < kOwn; i++) {
-                h[i] = fmaf(exp2_approx(of.v[0] * A.v[i]), h[i], of.v[1] * B.v[i]);
-                y = fmaf(h[i], C.v[i], y);
-            }
-            if (is_used) state.set(h);
-            if (exists) state.store_streaming(after);
-            if (TILES > 1) copy_async_if<kOwn * sizeof(S)>(r + 2 * turn_rows < rows, shared_address(from), next);
-#pragma unroll
-            for (int offset = kLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
-            if (share == 0 && exists) *to = from_float<T>(is_used ? (y + of.v[2]) * of.v[3] : 0.0f);
-            from += kHeld, next += of_row, after += of_row, to += D, found_row += kUpdateSums, B_row += 2 * N;
+        for (int i = 0; i < kOwn; i++) {
+            h[i] = fmaf(exp2_approx(of.v[0] * A.v[i]), h[i], of.v[1] * B.v[i]);
+            y = fmaf(h[i], C.v[i], y);
         }
-        copy_async_commit();
+        if (is_used) state.set(h);
+        if (exists) state.store_streaming(after);
+#pragma unroll
+        for (int offset = kLanes / 2; offset > 0; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
+        if (share == 0 && exists) *to = from_float<T>(is_used ? (y + of.v[2]) * of.v[3] : 0.0f);
+        after += of_row, to += D, found_row += kUpdateSums, B_row += 2 * N;
     }
 #endif
 }

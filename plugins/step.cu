@@ -2,9 +2,11 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "model.h"
 #include "selective_update.cuh"
 #include "step_row.cuh"
 #include "step_tile.cuh"
+#include "step_x_proj.cuh"
 
 namespace mamba {
 namespace step {
@@ -217,6 +219,24 @@ cudaError_t run(const MambaInProj& c, void* workspace, cudaStream_t stream) {
     return linear<T, float>(linear_of(c), workspace, stream);
 }
 
+// Whether x_proj_kernel takes it, so many rows a cluster: of some rows, where blocks have clusters.
+template <typename T, int ROW_TILES>
+bool is_low(const Linear& a, const Device& device) {
+    using Own = LowTile<ROW_TILES>;
+    return sizeof(T) == 2 && device.major >= 9 && a.batch > kNormRows && a.by_16 && a.outputs % 8 == 0 &&
+           is_aligned(a.y, 8) && Own::bytes(Own::inputs(a)) <= device.shared_bytes - kLowSpare;
+}
+
+// Each block is given so much shared memory that none of the scan, which start early and would slow it, has room beside it.
+template <typename T, int ROW_TILES>
+cudaError_t low(const Linear& a, const Device& device, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, kLowOutputs) * kLowSplit),
+                    static_cast<unsigned>(ceil_div(a.batch, LowTile<ROW_TILES>::kRows)));
+    using Own = LowTile<ROW_TILES>;
+    const int bytes = std::max(Own::bytes(Own::inputs(a)), std::min(kLowShared, device.shared_bytes - kLowSpare));
+    return start_clusters(x_proj_kernel<T, ROW_TILES>, grid, kLowThreads, bytes, kLowSplit, device, stream, Linear(a));
+}
+
 template <typename T>
 cudaError_t run(const MambaXProj& c, void* workspace, cudaStream_t stream) {
     if (!is_valid(c.batch, c.length, c.dtype, c.weight, c.outputs) || c.channels < 1 || c.row < c.channels) {
@@ -225,6 +245,15 @@ cudaError_t run(const MambaXProj& c, void* workspace, cudaStream_t stream) {
     Linear a{};
     a.batch = c.batch, a.inputs = c.channels, a.outputs = c.outputs, a.x_stride = c.row, a.groups = 1;
     a.x = c.x, a.weight = c.weight, a.y = c.y;
+    if constexpr (sizeof(T) == 2) {
+        Device device;
+        const cudaError_t error = device.read(norm_kernel<float, float>);
+        if (error != cudaSuccess) return error;
+        a = complete<T>(a);
+        const bool one = a.batch <= LowTile<1>::kRows;
+        if (one && is_low<T, 1>(a, device)) return low<T, 1>(a, device, stream);
+        if (!one && is_low<T, 2>(a, device)) return low<T, 2>(a, device, stream);
+    }
     return linear<T, T>(a, workspace, stream);
 }
 
@@ -269,36 +298,28 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     return start(head_kernel<T>, grid, 32 * kHeadWarps, bytes(a), device, stream, a);
 }
 
-// Of 16 states and 16-bit weights: with so many rows a block, from 3 to 16, that waves of blocks, four on a multiprocessor, end
-// soonest. What a block does besides its rows is taken to last as long as kStart of them.
-template <typename T, typename S, typename Waves>
+// Of 16 states and 16-bit weights, with as many rows a block as there are, up to 8. `early`: whether what wrote the old states
+// has ended before the kernel ahead began, for they are read before it has ended.
+template <typename T, typename S>
 cudaError_t update_rows(
-    const MambaSelectiveUpdate& c, int64_t groups, Waves&& waves, const Device& device, cudaStream_t stream) {
-    constexpr int kBlocks = 4, kStart = 12, kLeastTurn = 3, kHeld = 16 * scan::kUpdateChannels<T>;
-    const auto bytes = [&](int rows, int turn) {
-        return scan::UpdateLayout(c, rows, sizeof(T), scan::kUpdateSums, std::min(rows, 2 * turn), kHeld).bytes;
+    const MambaSelectiveUpdate& c, int64_t groups, bool early, const Device& device, cudaStream_t stream) {
+    const auto bytes = [&](int rows) {
+        return scan::UpdateLayout(c, rows, sizeof(T), scan::kUpdateSums, rows, 16 * scan::kUpdateChannels<T>).bytes;
     };
-    // Half of the rows whose old states a block holds: of up to 8 all, of more as many as let four share a multiprocessor.
-    const auto turn_of = [&](int rows) {
-        const int half = (rows + 1) / 2, room = (device.shared_bytes + 1024) / kBlocks - 1024 - bytes(rows, 0);
-        return rows <= kColumns ? half : std::min(half, room / static_cast<int>(2 * kHeld * sizeof(S)));
-    };
-    int rows = 3;
-    const auto cost = [&](int rows) { return waves(rows, kBlocks) * (rows + kStart); };
-    for (int more = 4; more <= std::min(c.batch, 2 * kColumns); more++) {
-        if (cost(more) < cost(rows) && (more <= kColumns || turn_of(more) >= kLeastTurn)) rows = more;
-    }
-    while (rows > 1 && bytes(rows, turn_of(rows)) > device.shared_bytes) rows--;
-    const int turn = turn_of(rows), shared = bytes(rows, turn);
+    int rows = std::min(c.batch, kColumns);
+    while (rows > 1 && bytes(rows) > device.shared_bytes) rows--;
+    const int shared = bytes(rows);
     if (shared > device.shared_bytes) return cudaErrorInvalidValue;
-    const auto kernel = rows <= kColumns ? scan::update_rows_kernel<T, S, 1> : scan::update_rows_kernel<T, S, 2>;
+    const auto kernel = scan::update_rows_kernel<T, S>;
+    const cudaError_t allowed = allow_shared(kernel, shared);
+    if (allowed != cudaSuccess) return allowed;
     const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
-    const int threads = 32 * scan::kUpdateWarps<T>;
-    return start(kernel, grid, threads, shared, device, stream, MambaSelectiveUpdate(c), int(rows), int(turn));
+    return launch_early(kernel, grid, dim3(32 * scan::kUpdateWarps<T>), shared, 1, early && device.major >= 9, stream,
+                        MambaSelectiveUpdate(c), int(rows));
 }
 
 template <typename T>
-cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
+cudaError_t update(const MambaSelectiveUpdate& c, bool early, cudaStream_t stream) {
     if (!is_valid(c.batch, c.length, c.dtype, c.dt_weight, c.channels) || c.rank < 1 || c.state_size < 1 ||
         c.state_size > 256 || c.row != 2 * int64_t{c.channels} || c.low_row != c.rank + 2 * c.state_size ||
         c.state_dtype < MAMBA_FLOAT32 || c.state_dtype > MAMBA_BFLOAT16 || !is_aligned(c.xz, 16) ||
@@ -309,20 +330,17 @@ cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     const cudaError_t error = device.read(norm_kernel<float, float>);
     if (error != cudaSuccess) return error;
     const int64_t groups = ceil_div(c.channels, scan::kUpdateChannels<T>);
-    const auto waves = [&](int rows, int blocks) {
-        return ceil_div(groups * ceil_div(c.batch, rows), blocks * int64_t{device.multiprocessors});
-    };
     if constexpr (sizeof(T) == 2) {
-        if (device.major >= 8 && c.state_size == 16 && c.batch > 2 && waves(2, 2) > 1) {
+        if (device.major >= 8 && c.state_size == 16 && c.batch > 2 && is_aligned(c.ssm_state, 16)) {
             cudaError_t started = cudaErrorInvalidValue;
             with_dtype(
-                c.state_dtype, [&](auto s) { started = update_rows<T, decltype(s)>(c, groups, waves, device, stream); });
+                c.state_dtype, [&](auto s) { started = update_rows<T, decltype(s)>(c, groups, early, device, stream); });
             return started;
         }
     }
-    // The fewest rows a block with which all blocks run at once, if there is room for them.
+    // The fewest rows a block with which all blocks, two on a multiprocessor, run at once, if there is room for them.
     int rows = 1;
-    while (rows < std::min(c.batch, kColumns) && waves(rows, 2) > 1) rows++;
+    while (rows < std::min(c.batch, kColumns) && groups * ceil_div(c.batch, rows) > 2 * int64_t{device.multiprocessors}) rows++;
     const auto kernel = rows == 1   ? scan::update_kernel<T, 1>
                         : rows == 2 ? scan::update_kernel<T, 2>
                                     : scan::update_kernel<T, kColumns>;
@@ -335,6 +353,11 @@ cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
     return start(kernel, grid, 32 * scan::kUpdateWarps<T>, bytes(), device, stream, MambaSelectiveUpdate(c), int(rows));
 }
 
+template <typename T>
+cudaError_t run(const MambaSelectiveUpdate& c, void*, cudaStream_t stream) {
+    return update<T>(c, false, stream);
+}
+
 template <typename Call>
 int with_type(const Call* call, void* workspace, void* stream) {
     cudaError_t error = cudaErrorInvalidValue;
@@ -344,6 +367,14 @@ int with_type(const Call* call, void* workspace, void* stream) {
 
 }  // namespace
 }  // namespace step
+
+// A call of MambaModel reads a layer's state once, after a kernel that does not start early: embed.
+int model::selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    with_dtype(call.dtype, [&](auto t) { error = step::update<decltype(t)>(call, true, stream); });
+    return error;
+}
+
 }  // namespace mamba
 
 extern "C" size_t mamba_in_proj_workspace(const MambaInProj* c) {

@@ -67,18 +67,17 @@ struct SharedX {
     const T* values;
     int stride, rows;
 
-    // Four inputs of row g of a tile.
-    __device__ __forceinline__ uint2 four(int k, int tile) const {
-        const int row = kColumns * tile + threadIdx.x % 32 / 4;
+    // Four inputs of row g.
+    __device__ __forceinline__ uint2 four(int k) const {
+        const int row = threadIdx.x % 32 / 4;
         return row < rows ? *reinterpret_cast<const uint2*>(values + row * stride + k) : make_uint2(0, 0);
     }
     __device__ __forceinline__ float one(int row, int k) const { return to_float(values[row * stride + k]); }
 };
 
 // WARPS warps along the inputs. RING: what is in flight waits in shared memory. DEPTH: steps, of 16 inputs, that a warp has
-// in flight, where inputs are so few that it hardly has more; or 0: as many as were fastest. TILES: of 8 rows, on tensor
-// cores; else there is one.
-template <typename T, int BYTES, int WARPS, bool RING = false, int DEPTH = 0, int TILES = 1>
+// in flight, where inputs are so few that it hardly has more; or 0: as many as were fastest.
+template <typename T, int BYTES, int WARPS, bool RING = false, int DEPTH = 0>
 struct Product {
     static constexpr int kVec = BYTES / sizeof(T), kOutputs = 8 * kVec;
     static constexpr int kFastest = BYTES == 16 ? (kOnHopper ? 3 : 2) : BYTES == 4 || RING ? 8 : 6;
@@ -95,7 +94,7 @@ struct Product {
     int inputs, steps, warp;  // whole steps
     char* ring;               // of this thread
     Bits held[RING ? 1 : kDepth][4];
-    float sums[kTensor ? TILES * kVec / 2 : kColumns][kTensor ? 4 : kVec];
+    float sums[kTensor ? kVec / 2 : kColumns][kTensor ? 4 : kVec];
 
     // Of kOutputs outputs from `first` on; those past the end are read as others, in vain.
     __device__ __forceinline__ Product(const T* weights, int inputs, int outputs, int first, int warp, char* ring)
@@ -170,17 +169,17 @@ struct Product {
         }
 #pragma unroll 1
         for (; step < steps; step += kRound) {
-            uint2 given[kDepth][TILES];  // of x, of one tile before anything is waited for
-            if constexpr (kTensor && TILES == 1) {
+            uint2 given[kDepth];  // of x, before anything is waited for
+            if constexpr (kTensor) {
 #pragma unroll
-                for (int d = 0; d < kDepth; d++) fetch(given[d], x, 16 * min(step + d * WARPS, steps - 1) + lane_k());
+                for (int d = 0; d < kDepth; d++) given[d] = x.four(16 * min(step + d * WARPS, steps - 1) + lane_k());
             }
 #pragma unroll
             for (int d = 0; d < kDepth; d++) {
                 if (step + d * WARPS < steps) {
                     Bits now[4];
                     take(now, d);
-                    if constexpr (kTensor && TILES == 1) {
+                    if constexpr (kTensor) {
                         multiply_given(now, given[d]);
                     } else {
                         multiply(now, x, 16 * (step + d * WARPS));
@@ -208,31 +207,21 @@ struct Product {
         multiply(last, x, 16 * steps);
     }
 
-    static __device__ __forceinline__ void fetch(uint2 (&given)[TILES], const SharedX<T>& x, int k) {
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) given[tile] = x.four(k, tile);
-    }
-
-    __device__ __forceinline__ void multiply_given(const Bits (&now)[4], const uint2 (&given)[TILES]) {
+    __device__ __forceinline__ void multiply_given(const Bits (&now)[4], uint2 given) {
         uint32_t w[4][BYTES / 4];
         memcpy(w, now, sizeof(w));
 #pragma unroll
         for (int p = 0; p < BYTES / 4; p++) {
             const uint32_t a[4] = {__byte_perm(w[0][p], w[1][p], 0x5410), __byte_perm(w[0][p], w[1][p], 0x7632),
                                    __byte_perm(w[2][p], w[3][p], 0x5410), __byte_perm(w[2][p], w[3][p], 0x7632)};
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++) {
-                multiply_add<T>(sums[tile * kVec / 2 + p], a, given[tile].x, given[tile].y);
-            }
+            multiply_add<T>(sums[p], a, given.x, given.y);
         }
     }
 
     __device__ __forceinline__ void multiply(const Bits (&now)[4], const SharedX<T>& x, int k) {
         k += lane_k();
         if constexpr (kTensor) {
-            uint2 given[TILES];
-            fetch(given, x, k);
-            multiply_given(now, given);
+            multiply_given(now, x.four(k));
         } else {
             T w[4][kVec];
             memcpy(w, now, sizeof(w));
@@ -294,12 +283,12 @@ struct Product {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         to += warp * OUTPUTS;
 #pragma unroll
-        for (int r = 0; r < 2 * TILES; r++) {
-            const int tile = r / 2, c = r % 2, row = kColumns * tile + 2 * t + c;
+        for (int c = 0; c < 2; c++) {
+            const int row = 2 * t + c;
             if (row >= rows) break;
 #pragma unroll
             for (int p = 0; p < kVec / 2; p++) {
-                const float(&sum)[4] = sums[tile * kVec / 2 + p];
+                const float(&sum)[4] = sums[p];
                 const int place = row * WARPS * OUTPUTS + ((kVec * g + 2 * p) ^ spread(2 * t));
                 *reinterpret_cast<float2*>(to + place) = make_float2(sum[c], sum[c + 2]);
             }

@@ -105,11 +105,18 @@ __device__ __forceinline__ void barrier_wait(int number, int threads) {
     asm volatile("barrier.sync.aligned %0, %1;" : : "r"(number), "r"(threads) : "memory");
 }
 
+#if __CUDA_ARCH__ >= 900
+// The halves of cluster_meet().
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory"); }
+#endif
+
 // Waits for all threads of a cluster of blocks, which below compute capability 9.0 is a block. What other blocks have written
 // need not be seen then: to see to that would wait for all that these threads have on its way to memory.
 __device__ __forceinline__ void cluster_meet() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n barrier.cluster.wait.acquire.aligned;" : : : "memory");
+    cluster_arrive();
+    cluster_wait();
 #else
     __syncthreads();
 #endif

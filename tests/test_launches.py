@@ -646,10 +646,10 @@ def is_token(planned: list[Any]) -> bool:
     return any("token_kernel" in p.kernel for p in planned if isinstance(p, Launch))
 
 
-def compare(library: ctypes.CDLL, call: Any, device: Device) -> list[Any]:
+def compare(library: ctypes.CDLL, call: Any, device: Device, op: str = "model") -> list[Any]:
     """What both launch, which has to be the same."""
-    planned = launches.model(call, WORKSPACE, device)
-    found = recorded(library, "model", call, device, planned)
+    planned = getattr(launches, op)(call, WORKSPACE, device)
+    found = recorded(library, op, call, device, planned)
     assert len(found) == len(planned), (device, found)
     for one, p in zip(found, planned, strict=True):
         assert one == wanted_of(p), p.kernel if isinstance(p, Launch) else p
@@ -791,6 +791,27 @@ def test_other_tokens_are_not_by_rows_kernel(library, name, changed):
     if "misaligned" in changed:
         setattr(call.kept[1], changed["misaligned"], (1 << 30) + 8)
     assert not of_rows(compare(library, call, device._replace(**of_device)))
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_the_scan_of_some_rows_and_what_it_reads(library, device):
+    """x_proj and the scan of a token, from 3 rows on: by kernels that share rows out otherwise than those of fewer."""
+    device = of_driver(library, device)
+    for batch in (1, 2, 3, 16, 17, 67):
+        for dtype in (0, 1, 2):
+            some = dtype > 0 and batch > 2
+            x = structs.MambaXProj(batch, 1, 8192, 4096, 160, dtype, 1 << 20, 1 << 24, 1 << 28)
+            [low] = compare(library, x, device, "x_proj")
+            by_clusters = some and device.major >= 9
+            assert ("x_proj_kernel" in low.kernel) == by_clusters
+            assert not by_clusters or (low.cluster, low.grid) == (8, (40, 1 if batch <= 32 else 3))
+            for states, offset in ((16, 0), (16, 8), (32, 0)):
+                sizes = (8192, 128 + 2 * states, 128, 4096, states, dtype, 0, -1.0)
+                places = (1 << 20, 1 << 24, 1 << 28, 1 << 29, None, None, (1 << 30) + offset, 1 << 31, 1 << 32, 1 << 33)
+                call = structs.MambaSelectiveUpdate(batch, 1, *sizes, *places)
+                [scan] = compare(library, call, device, "selective_update")
+                tensor_cores = some and device.major >= 8 and states == 16 and offset == 0
+                assert ("update_rows_kernel" in scan.kernel) == tensor_cores
 
 
 @pytest.mark.parametrize("name", ["mamba-370m", "mamba2-1.3b"])

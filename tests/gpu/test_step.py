@@ -239,10 +239,8 @@ def test_more_rows_of_published_sizes(op: str, case: dict[str, Any], T: torch.dt
         check(launch(op, args), op, args, T)
 
 
-BLOCKS = [  # updates in blocks of 11, 12, 16 and 9 rows on an H200, the last of 9, 7, 16 and 4; of 8 channels of 64
+BLOCKS = [  # updates in blocks of 8 rows, the last of 8 and 3; of 64 channels, the last of 64 and 8
     (64, {"D": 5120, "R": 160}),
-    (67, {"D": 5120, "R": 160}),
-    (96, {"D": 5120, "R": 160}),
     (67, {"D": 8200, "R": 250, "eps": 1e-6}),
 ]
 
@@ -250,7 +248,7 @@ BLOCKS = [  # updates in blocks of 11, 12, 16 and 9 rows on an H200, the last of
 @pytest.mark.parametrize("S", TYPES, ids=str)
 @pytest.mark.parametrize("T", [F16, BF16], ids=str)
 @pytest.mark.parametrize(("B", "case"), BLOCKS, ids=str)
-def test_updates_in_blocks_of_more_than_8_rows(B: int, case: dict[str, Any], T: torch.dtype, S: torch.dtype) -> None:
+def test_updates_in_many_blocks(B: int, case: dict[str, Any], T: torch.dtype, S: torch.dtype) -> None:
     args = selective_update(Draw(T, B, seed=B), S=S, **case)
     found = launch("selective_update", args, same=B == 67)
     reads = check(found, "selective_update", args, T)
