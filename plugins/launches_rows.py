@@ -18,7 +18,7 @@ __all__ = ["SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
 SUMS = 4  # in which out_proj comes, each of as many inputs
 
 _ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_STAGES, _BARS = 64, 64, 384, 2, 10, 24
-_MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 2 * _ROWS, _SPLIT * _INPUTS, 64
+_LEAST_ROWS, _MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 3, 2 * _ROWS, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
 
 
@@ -33,7 +33,7 @@ class _Product(ctypes.Structure):
 
 def are_sizes(c: Any) -> bool:
     """As ``are_rows_sizes`` in C++: whatever the device."""
-    if c.length != 1 or not (3 if c.heads or c.width >= 2048 else 12) <= c.batch <= _MOST_ROWS or c.dtype == 0:
+    if c.length != 1 or not _LEAST_ROWS <= c.batch <= _MOST_ROWS or c.dtype == 0:
         return False
     return not (c.width % _WIDTH_STEP or c.inner % (SUMS * _WIDTH_STEP) or c.outputs % 8)
 

@@ -13,12 +13,11 @@
 namespace mamba {
 namespace model {
 
-constexpr int kMostRows = 128, kWidthStep = 128;
+constexpr int kLeastRows = 3, kMostRows = 128, kWidthStep = 128;
 
-// From how many rows on it is faster than the parts of a step: samples/results/step.txt, 52.
+// From kLeastRows on it is faster than the parts of a step: samples/results/step.txt, 52 and 87.
 bool are_rows_sizes(const MambaModel& c) {
-    const int from = is_mamba2(c) || c.width >= 2048 ? 3 : 12;
-    return c.length == 1 && c.batch >= from && c.batch <= kMostRows && c.dtype != MAMBA_FLOAT32 &&
+    return c.length == 1 && c.batch >= kLeastRows && c.batch <= kMostRows && c.dtype != MAMBA_FLOAT32 &&
            c.width % kWidthStep == 0 && c.inner % (kSums * kWidthStep) == 0 && c.outputs % 8 == 0;
 }
 
