@@ -20,7 +20,8 @@ bool is_rows(const MambaModel& call);
 cudaError_t rows_in_proj(const MambaModel& call, const MambaLayer& layer, const void* x, void* y, cudaStream_t stream);
 cudaError_t rows_out_proj(const MambaModel& call, const MambaLayer& layer, const void* x, float* sums, cudaStream_t stream);
 
-// step.cu: mamba_selective_update() where no kernel writes the old states that may not have ended two kernels ahead of it.
+// step.cu: mamba_selective_update() that reads old states before the kernel ahead has ended. What wrote them must have ended
+// before that began.
 int selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream);
 
 // token.cu: one row's token in one kernel, where that can be and is faster. The workspace is enough for it, whatever the
