@@ -274,6 +274,30 @@ def test_a_row_is_the_row_alone(op: str, B: int) -> None:
         assert error <= 1e-3 * together.abs().max()
 
 
+@pytest.mark.parametrize("B", [1, 3, 64])
+@pytest.mark.parametrize("op", ["in_proj", "selective_update", "ssd_update"])
+def test_a_step_reads_what_the_one_before_it_wrote(op: str, B: int) -> None:
+    """To the bit what it reads where the host waits in between: it may have started before that had ended."""
+    args = ARGUMENTS[op](Draw(F16, B, seed=5))
+    shape, workspace = step_results(op, args)[0].shape, scratch(op, args)
+
+    def steps(*, wait: bool) -> list[Tensor]:
+        device = [a.cuda() if isinstance(a, Tensor) else a for a in args]
+        state = device[state_at(args)]
+        found = [torch.full(shape, NAN, dtype=dtype_of_y(op, args), device="cuda") for _ in range(20)]
+        torch.cuda.synchronize()
+        for y in found:
+            stream = torch.cuda.current_stream().cuda_stream
+            getattr(kernels(), op)(*device, y=y, state_out=state, workspace=workspace, stream=stream)
+            if wait:
+                torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        return [*found, state]
+
+    for got, want in zip(steps(wait=False), steps(wait=True), strict=True):
+        assert torch.equal(bits(got), bits(want))
+
+
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_a_graph_replays_bit_identical(op: str) -> None:
     args = ARGUMENTS[op](Draw(BF16, 3, seed=3))
