@@ -105,31 +105,41 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
     }
     if constexpr (sizeof(X) == 4) {
         if (a.sums != nullptr && used) {
-            constexpr int kAtOnce = kEarly && VEC > 1 ? kHeld : 1;  // all loads first, where they are few
-            Neighbours<float, VEC> in[kAtOnce][kSums];
             const auto column = [&](int i) { return begin + i * step; };
+            const auto read = [&](int i, Neighbours<float, VEC>(&in)[kSums]) {
 #pragma unroll
-            for (int first = 0; first < kHeld; first += kAtOnce) {
+                for (int s = 0; s < kSums; s++) in[s].load_written(a.sums + (s * a.rows + from) * a.width + column(i));
+            };
+            const auto add = [&](int i, const Neighbours<float, VEC>(&in)[kSums]) {
+                Pack<float, VEC> out;
 #pragma unroll
-                for (int i = 0; i < kAtOnce; i++) {
+                for (int s = 0; s < kSums; s++) {
+                    float part[VEC];
+                    in[s].get(part);
 #pragma unroll
-                    for (int s = 0; s < kSums; s++) {
-                        if (column(first + i) >= a.width) continue;
-                        in[i][s].load_written(a.sums + (s * a.rows + from) * a.width + column(first + i));
-                    }
+                    for (int v = 0; v < VEC; v++) out.v[v] = values[i][v] += part[v];
+                }
+                store(a.total + from * a.width + column(i), out);
+            };
+            if constexpr (kEarly && VEC > 1) {
+                Neighbours<float, VEC> in[kHeld][kSums];  // all on their way at once, where they are few
+#pragma unroll
+                for (int i = 0; i < kHeld; i++) {
+                    if (column(i) >= a.width) continue;
+                    read(i, in[i]);
                 }
 #pragma unroll
-                for (int i = 0; i < kAtOnce; i++) {
-                    if (column(first + i) >= a.width) continue;
-                    Pack<float, VEC> out;
+                for (int i = 0; i < kHeld; i++) {
+                    if (column(i) >= a.width) continue;
+                    add(i, in[i]);
+                }
+            } else {
 #pragma unroll
-                    for (int s = 0; s < kSums; s++) {
-                        float part[VEC];
-                        in[i][s].get(part);
-#pragma unroll
-                        for (int v = 0; v < VEC; v++) out.v[v] = values[first + i][v] += part[v];
-                    }
-                    store(a.total + from * a.width + column(first + i), out);
+                for (int i = 0; i < kHeld; i++) {
+                    if (column(i) >= a.width) continue;
+                    Neighbours<float, VEC> in[kSums];
+                    read(i, in);
+                    add(i, in);
                 }
             }
         }
