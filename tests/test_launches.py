@@ -744,7 +744,7 @@ def of_rows(planned: list[Any]) -> list[str]:
 def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
     draw, workspace = random.Random(name), library.mamba_model_workspace
     workspace.restype = ctypes.c_size_t
-    for batch in (2, 3, 64, 65, 128, 129):
+    for batch in (2, 3, 11, 12, 64, 65, 128, 129):
         for dtype, T in ((1, "__half"), (2, "__nv_bfloat16")):
             call = a_token(name, draw, batch=batch, dtype=dtype)
             planned = compare(library, call, of_driver(library, DEVICES[0]))

@@ -239,8 +239,10 @@ def test_more_rows_of_published_sizes(op: str, case: dict[str, Any], T: torch.dt
         check(launch(op, args), op, args, T)
 
 
-BLOCKS = [  # updates in blocks of 8 rows, the last of 8 and 3; of 64 channels, the last of 64 and 8
+BLOCKS = [  # updates in blocks of 8 rows, the last of 8, 3, 8 and 3; of 64 channels, in the last case the last of 8
     (64, {"D": 5120, "R": 160}),
+    (67, {"D": 5120, "R": 160}),
+    (96, {"D": 5120, "R": 160}),
     (67, {"D": 8200, "R": 250, "eps": 1e-6}),
 ]
 
