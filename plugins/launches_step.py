@@ -239,30 +239,25 @@ def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     item = BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
-    groups, rows = ceil_div(call.channels, channels), 1
-
+    groups, rows, most = ceil_div(call.channels, channels), 1, min(call.batch, _COLUMNS)
     if item == 2 and device.major >= 8 and call.state_size == 16 and call.batch > 2 and not call.ssm_state % 16:
-        rows = min(call.batch, _COLUMNS)
-        while rows > 1 and _update_bytes(call, rows, 256, rows) > device.shared_bytes:
-            rows -= 1
-        shared = _update_bytes(call, rows, 256, rows)
+        rows, of_row = most, 4 * 256 + 1024 * BYTES[call.state_dtype]
         name = kernel_name("scan", "update_rows_kernel", TYPES[call.dtype], TYPES[call.state_dtype])
-        grid = (groups, ceil_div(call.batch, rows))
-        return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call, c_int32(rows)))]
-    while rows < min(call.batch, _COLUMNS) and groups * ceil_div(call.batch, rows) > 2 * device.multiprocessors:
-        rows += 1
-    name = kernel_name("scan", "update_kernel", TYPES[call.dtype], rows if rows <= 2 else _COLUMNS)
-    while rows > 1 and _update_bytes(call, rows, warps * channels, 0) > device.shared_bytes:
+    else:
+        while rows < most and groups * ceil_div(call.batch, rows) > 2 * device.multiprocessors:
+            rows += 1
+        of_row = 4 * warps * channels
+        name = kernel_name("scan", "update_kernel", TYPES[call.dtype], rows if rows <= 2 else _COLUMNS)
+    while rows > 1 and _update_bytes(call, rows, of_row) > device.shared_bytes:
         rows -= 1
-    shared = _update_bytes(call, rows, warps * channels, 0)
-    grid = (groups, ceil_div(call.batch, rows))
+    shared, grid = _update_bytes(call, rows, of_row), (groups, ceil_div(call.batch, rows))
     return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call, c_int32(rows)))]
 
 
-def _update_bytes(call: Any, rows: int, sums_of_row: int, held_rows: int) -> int:
+def _update_bytes(call: Any, rows: int, of_row: int) -> int:
+    """Of shared memory, ``of_row`` those of a row's sums and of its old states where they are there."""
     low = ceil_div(rows * _shared_stride(call.rank) * BYTES[call.dtype], 16) * 16
-    held = held_rows * 1024 * BYTES[call.state_dtype]
-    return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + 4 * rows * sums_of_row + held
+    return low + 4 * ceil_div(2 * rows * call.state_size, 4) * 4 + rows * of_row
 
 
 def workspace_floats(op: str, call: Any) -> int:

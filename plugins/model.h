@@ -22,7 +22,7 @@ cudaError_t rows_out_proj(const MambaModel& call, const MambaLayer& layer, const
 
 // step.cu: mamba_selective_update() that reads old states before the kernel ahead has ended. What wrote them must have ended
 // before that began.
-int selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream);
+cudaError_t selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream);
 
 // token.cu: one row's token in one kernel, where that can be and is faster. The workspace is enough for it, whatever the
 // call's batch and length.

@@ -164,7 +164,7 @@ class Prompt {
         if (!is_mamba2(m_)) {
             return in_turn([&] { return run(mamba_x_proj, x_proj(m_, layer, at_.projected, at_.low)); }, [&] {
                 const auto update = selective_update(m_, layer, at_.projected, at_.low, at_.y);
-                return static_cast<cudaError_t>(selective_update_early(update, stream_));
+                return selective_update_early(update, stream_);
             });
         }
         return in_turn([&] { return run(mamba_ssd_update, ssd_update(m_, layer, at_.projected, at_.y)); }, [&] {

@@ -220,10 +220,10 @@ cudaError_t run(const MambaInProj& c, void* workspace, cudaStream_t stream) {
 }
 
 // Whether x_proj_kernel takes it, so many rows a cluster: of some rows, where blocks have clusters.
-template <typename T, int ROW_TILES>
+template <int ROW_TILES>
 bool is_low(const Linear& a, const Device& device) {
     using Own = LowTile<ROW_TILES>;
-    return sizeof(T) == 2 && device.major >= 9 && a.batch > kNormRows && a.by_16 && a.outputs % 8 == 0 &&
+    return device.major >= 9 && a.batch > kNormRows && a.by_16 && a.outputs % 8 == 0 &&
            is_aligned(a.y, 8) && Own::bytes(Own::inputs(a)) <= device.shared_bytes - kLowSpare;
 }
 
@@ -251,8 +251,8 @@ cudaError_t run(const MambaXProj& c, void* workspace, cudaStream_t stream) {
         if (error != cudaSuccess) return error;
         a = complete<T>(a);
         const bool one = a.batch <= LowTile<1>::kRows;
-        if (one && is_low<T, 1>(a, device)) return low<T, 1>(a, device, stream);
-        if (!one && is_low<T, 2>(a, device)) return low<T, 2>(a, device, stream);
+        if (one && is_low<1>(a, device)) return low<T, 1>(a, device, stream);
+        if (!one && is_low<2>(a, device)) return low<T, 2>(a, device, stream);
     }
     return linear<T, T>(a, workspace, stream);
 }
@@ -369,7 +369,7 @@ int with_type(const Call* call, void* workspace, void* stream) {
 }  // namespace step
 
 // A call of MambaModel reads a layer's state once, after a kernel that does not start early: embed.
-int model::selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream) {
+cudaError_t model::selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream) {
     cudaError_t error = cudaErrorInvalidValue;
     with_dtype(call.dtype, [&](auto t) { error = step::update<decltype(t)>(call, true, stream); });
     return error;
