@@ -57,7 +57,8 @@ def scan(c: Any, layer: Any, projected: int, low: int, y: int, device: Device) -
         return ssd_update(MambaSsdUpdate(*of_step, c.dt_min, c.dt_max, projected, *last), 0, device)
     row = c.rank + 2 * c.state_size
     sizes = (c.batch, 1, c.outputs, row, c.rank, c.inner, c.state_size, T, S)
+    update = MambaSelectiveUpdate(*sizes, c.norm_eps, projected, low, layer.dt_proj, *last)
     return [
         *x_proj(MambaXProj(c.batch, 1, c.outputs, c.inner, row, T, projected, layer.x_proj, low), 0, device),
-        *selective_update(MambaSelectiveUpdate(*sizes, c.norm_eps, projected, low, layer.dt_proj, *last), 0, device),
+        *selective_update(update, 0, device, early=True),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from ctypes import c_int32, c_void_p
 from typing import Any
@@ -66,12 +67,16 @@ def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     aligned = a.by_16 and not (a.outputs % 8 or a.y % 8)
     if BYTES[call.dtype] != 2 or device.major < 9 or a.batch <= _NORM_ROWS or not aligned or needed > most:
         return _linear(a, call.dtype, call.dtype, workspace, device)
-    grid = (ceil_div(a.outputs, _LOW_OUTPUTS) * _LOW_SPLIT, ceil_div(a.batch, 16 * tiles))
+    grid = _low_grid(a.outputs, a.batch)
     name, shared = kernel_name("step", "x_proj_kernel", TYPES[call.dtype], tiles), max(needed, min(_LOW_SHARED, most))
     return [Launch("step_x_proj.cuh", name, grid, (32 * _LOW_WARPS,), shared, (a,), _LOW_SPLIT)]
 
 
 _LOW_WARPS, _LOW_SPLIT, _LOW_OUTPUTS, _LOW_SHARED, _LOW_SPARE = 8, 8, 32, 192 << 10, 1024
+
+
+def _low_grid(outputs: int, batch: int) -> tuple[int, int]:
+    return ceil_div(outputs, _LOW_OUTPUTS) * _LOW_SPLIT, ceil_div(batch, 16 if batch <= 16 else 32)
 
 
 def _low_bytes(a: Linear, tiles: int) -> int:
@@ -235,8 +240,8 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
     return [norm, Launch(_STEP, name, grid, (_HEAD_THREADS,), shared, (a,))]
 
 
-def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
-    """See :func:`in_proj`."""
+def selective_update(call: Any, workspace: int, device: Device, early: bool = False) -> list[Launch]:
+    """See :func:`in_proj`; early as in ``step.cu``."""
     item = BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
     groups, rows, most = ceil_div(call.channels, channels), 1, min(call.batch, _COLUMNS)
@@ -251,7 +256,21 @@ def selective_update(call: Any, workspace: int, device: Device) -> list[Launch]:
     while rows > 1 and _update_bytes(call, rows, of_row) > device.shared_bytes:
         rows -= 1
     shared, grid = _update_bytes(call, rows, of_row), (groups, ceil_div(call.batch, rows))
-    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, (call, c_int32(rows)))]
+    arguments = [call, c_int32(rows)]
+    if "update_rows_kernel" in name:
+        at_once = _blocks_at_once(call, grid, shared, device) if early and device.major >= 9 else grid[0] * grid[1]
+        arguments.append(c_int32(at_once))
+    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, tuple(arguments))]
+
+
+_UPDATE_RESIDENT = 4
+
+
+def _blocks_at_once(call: Any, grid: tuple[int, int], shared: int, device: Device) -> int:
+    of_one = min(_UPDATE_RESIDENT, (device.shared_bytes + 1024) // (shared + 1024))
+    if grid[0] * grid[1] > of_one * device.multiprocessors:
+        return grid[0] * grid[1]
+    return of_one * max(device.multiprocessors - math.prod(_low_grid(call.low_row, call.batch)), 0)
 
 
 def _update_bytes(call: Any, rows: int, of_row: int) -> int:

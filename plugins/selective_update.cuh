@@ -265,14 +265,16 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(ROWS > 2
 
 constexpr int kUpdateAlong = 4;  // warps along the inputs of the product of update_rows_kernel
 constexpr int kUpdateSums = kUpdateChannels<__half> * kUpdateAlong;  // of a row
+constexpr int kUpdateResident = 4;  // blocks on a multiprocessor, if there is shared memory for them
 
 // Of 16 states of type S, 16-bit weights, on tensor cores, of up to 8 rows. A warp finds what the lanes of all channels need
 // of its row, and leaves it in shared memory, four values a channel, where its sums were. Then four lanes share a channel.
 // Weights and old states are on their way before the kernel ahead has ended; where there are bulk copies a thread brings the
-// states of all, which leaves more of the multiprocessor to that kernel.
+// states of all, which leaves more of the multiprocessor to that kernel. But of blocks from `at_once` on states come after
+// dt's input: many start together, and what each of them needs first would wait for the states of all.
 template <typename T, typename S>
-__global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) update_rows_kernel(
-    const MambaSelectiveUpdate a, const int rows_of_block) {
+__global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(kUpdateResident, 1)) update_rows_kernel(
+    const MambaSelectiveUpdate a, const int rows_of_block, const int at_once) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     constexpr int kWarps = kUpdateWarps<T>, kChannels = kUpdateChannels<T>, kRows = step::kColumns, N = 16;
     constexpr int kLanes = kUpdateLanes, kOwn = N / kLanes, kHeld = kChannels * N;  // of a channel; of a lane; of a row
@@ -307,13 +309,15 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
     const int64_t of_row = int64_t{D} * N, own_state = (int64_t{b0} * D + c) * N + kOwn * share;
     const S* from = static_cast<const S*>(a.ssm_state) + own_state;
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
+    const bool late = blockIdx.y * gridDim.x + blockIdx.x >= static_cast<uint32_t>(at_once);
+    const auto bring = [&] {
         const int bytes = min(kChannels, D - first) * N * static_cast<int>(sizeof(S));
         bar_init(bar, 1);
         bars_are_there();
         bar_expect(bar, rows * bytes);
         for (int r = 0; r < rows; r++) copy_line(shared_address(held + r * kHeld), from + r * of_row, bytes, bar);
-    }
+    };
+    if (threadIdx.x == 0 && !late) bring();
 #else
 #pragma unroll
     for (int r = 0; r < kRows; r++, from += of_row) {
@@ -326,6 +330,9 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(4, 1)) u
 
     fetch_low<T, kWarps, kRows>(a, b0, rows, low, stride, states);
     __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0 && late) bring();
+#endif
     product.run(step::SharedX<T>{low, stride, rows});
     const int length = a.seq_lens[b0 + min(lane, rows - 1)];
     const T* const xz = static_cast<const T*>(a.xz) + 2 * int64_t{b0 + min(warp, rows - 1)} * D + pair;

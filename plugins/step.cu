@@ -227,11 +227,15 @@ bool is_low(const Linear& a, const Device& device) {
            is_aligned(a.y, 8) && Own::bytes(Own::inputs(a)) <= device.shared_bytes - kLowSpare;
 }
 
+dim3 low_grid(int outputs, int batch) {
+    const int rows = batch <= LowTile<1>::kRows ? LowTile<1>::kRows : LowTile<2>::kRows;
+    return dim3(static_cast<unsigned>(ceil_div(outputs, kLowOutputs) * kLowSplit), static_cast<unsigned>(ceil_div(batch, rows)));
+}
+
 // Each block is given so much shared memory that none of the scan, which start early and would slow it, has room beside it.
 template <typename T, int ROW_TILES>
 cudaError_t low(const Linear& a, const Device& device, cudaStream_t stream) {
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, kLowOutputs) * kLowSplit),
-                    static_cast<unsigned>(ceil_div(a.batch, LowTile<ROW_TILES>::kRows)));
+    const dim3 grid = low_grid(a.outputs, a.batch);
     using Own = LowTile<ROW_TILES>;
     const int bytes = std::max(Own::bytes(Own::inputs(a)), std::min(kLowShared, device.shared_bytes - kLowSpare));
     return start_clusters(x_proj_kernel<T, ROW_TILES>, grid, kLowThreads, bytes, kLowSplit, device, stream, Linear(a));
@@ -298,6 +302,15 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     return start(head_kernel<T>, grid, 32 * kHeadWarps, bytes(a), device, stream, a);
 }
 
+// Blocks of update_rows_kernel, of `all` with `shared` bytes each, that read old states at once: those that find room beside
+// x_proj's. But all, where they run in turns (samples/results/step.txt, 90).
+int64_t blocks_at_once(const MambaSelectiveUpdate& c, int64_t all, int shared, const Device& device) {
+    const dim3 low = low_grid(c.low_row, c.batch);
+    const int64_t of_one = std::min(scan::kUpdateResident, (device.shared_bytes + 1024) / (shared + 1024));
+    if (all > of_one * device.multiprocessors) return all;
+    return of_one * std::max<int64_t>(device.multiprocessors - int64_t{low.x} * low.y, 0);
+}
+
 // Of 16 states and 16-bit weights, with as many rows a block as there are, up to 8. `early`: whether what wrote the old states
 // has ended before the kernel ahead began, for they are read before it has ended.
 template <typename T, typename S>
@@ -314,8 +327,10 @@ cudaError_t update_rows(
     const cudaError_t allowed = allow_shared(kernel, shared);
     if (allowed != cudaSuccess) return allowed;
     const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(c.batch, rows)));
-    return launch_early(kernel, grid, dim3(32 * scan::kUpdateWarps<T>), shared, 1, early && device.major >= 9, stream,
-                        MambaSelectiveUpdate(c), int(rows));
+    early = early && device.major >= 9;
+    const int64_t all = int64_t{grid.x} * grid.y, at_once = early ? blocks_at_once(c, all, shared, device) : all;
+    return launch_early(kernel, grid, dim3(32 * scan::kUpdateWarps<T>), shared, 1, early, stream, MambaSelectiveUpdate(c),
+                        int(rows), static_cast<int>(at_once));
 }
 
 template <typename T>

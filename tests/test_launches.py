@@ -813,6 +813,25 @@ def test_the_scan_of_some_rows_and_what_it_reads(library, device):
                 assert ("update_rows_kernel" in scan.kernel) == tensor_cores
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "blocks", "at_once"),
+    [
+        ("mamba-1.4b", 32, 256, 368),  # 40 multiprocessors have a block of x_proj, others room for four
+        ("mamba-1.4b", 33, 320, 208),
+        ("mamba-1.4b", 64, 512, 208),
+        ("mamba-1.4b", 65, 576, 576),  # more than four a multiprocessor
+        ("mamba-2.8b", 64, 640, 640),
+        ("mamba-370m", 128, 512, 144),
+    ],
+)
+def test_blocks_of_the_scan_that_start_late(library, name, rows, blocks, at_once):
+    device = of_driver(library, DEVICES[0]._replace(multiprocessors=132))
+    planned = compare(library, a_token(name, random.Random(name), batch=rows, dtype=1, state_dtype=0), device)
+    scans = [p for p in planned if isinstance(p, Launch) and "update_rows_kernel" in p.kernel]
+    assert {math.prod(p.grid) for p in scans} == {blocks}
+    assert {p.arguments[-1].value for p in scans} == {at_once}
+
+
 @pytest.mark.parametrize("name", ["mamba-370m", "mamba2-1.3b"])
 def test_an_older_driver_gets_what_needs_no_tensor_maps(library, objects, name):
     shutil.copy(objects / "liblaunchers.so", objects / f"{name}.so")

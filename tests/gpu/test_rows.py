@@ -51,8 +51,12 @@ def test_large_values_stay_in_range(case: dict[str, Any]) -> None:
     Call(model).run()
 
 
-@pytest.mark.parametrize("B", [12, 65])
-@pytest.mark.parametrize("case", [MAMBA[0], MAMBA[4], MAMBA2[0], MAMBA2[4]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "B"),
+    # Of 64 rows of the sizes of mamba-1.4b some blocks of the scan read their states late.
+    [*((case, B) for case in (MAMBA[0], MAMBA[4], MAMBA2[0], MAMBA2[4]) for B in (12, 65)), (MAMBA[3], 64)],
+    ids=str,
+)
 def test_replays_are_bit_identical(case: dict[str, Any], B: int) -> None:
     call = Call(Model(F16, B, 1, **{"layers": 2, "V": 257} | case))
     different = replays_that_differ(call, [call, call], [PATTERN] * 100)
