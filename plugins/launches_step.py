@@ -62,7 +62,7 @@ def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     """See :func:`in_proj`."""
     a = Linear(call.batch, call.channels, call.outputs, call.row, 1, x=call.x, weight=call.weight, y=call.y)
     _complete(a, BYTES[call.dtype])
-    tiles = 1 if a.batch <= 16 else 2
+    tiles = _low_tiles(a.batch)
     needed, most = _low_bytes(a, tiles), device.shared_bytes - _LOW_SPARE
     aligned = a.by_16 and not (a.outputs % 8 or a.y % 8)
     if BYTES[call.dtype] != 2 or device.major < 9 or a.batch <= _NORM_ROWS or not aligned or needed > most:
@@ -75,8 +75,12 @@ def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
 _LOW_WARPS, _LOW_SPLIT, _LOW_OUTPUTS, _LOW_SHARED, _LOW_SPARE = 8, 8, 32, 192 << 10, 1024
 
 
+def _low_tiles(batch: int) -> int:
+    return 1 if batch <= 16 else 2
+
+
 def _low_grid(outputs: int, batch: int) -> tuple[int, int]:
-    return ceil_div(outputs, _LOW_OUTPUTS) * _LOW_SPLIT, ceil_div(batch, 16 if batch <= 16 else 32)
+    return ceil_div(outputs, _LOW_OUTPUTS) * _LOW_SPLIT, ceil_div(batch, 16 * _low_tiles(batch))
 
 
 def _low_bytes(a: Linear, tiles: int) -> int:
@@ -245,7 +249,9 @@ def selective_update(call: Any, workspace: int, device: Device, early: bool = Fa
     item = BYTES[call.dtype]
     warps, channels = 16 // item, 128 // item
     groups, rows, most = ceil_div(call.channels, channels), 1, min(call.batch, _COLUMNS)
-    if item == 2 and device.major >= 8 and call.state_size == 16 and call.batch > 2 and not call.ssm_state % 16:
+    of_states = call.state_size == 16 and not call.ssm_state % 16
+    by_rows = item == 2 and device.major >= 8 and of_states and call.batch > 2
+    if by_rows:
         rows, of_row = most, 4 * 256 + 1024 * BYTES[call.state_dtype]
         name = kernel_name("scan", "update_rows_kernel", TYPES[call.dtype], TYPES[call.state_dtype])
     else:
@@ -256,20 +262,19 @@ def selective_update(call: Any, workspace: int, device: Device, early: bool = Fa
     while rows > 1 and _update_bytes(call, rows, of_row) > device.shared_bytes:
         rows -= 1
     shared, grid = _update_bytes(call, rows, of_row), (groups, ceil_div(call.batch, rows))
-    arguments = [call, c_int32(rows)]
-    if "update_rows_kernel" in name:
-        at_once = _blocks_at_once(call, grid, shared, device) if early and device.major >= 9 else grid[0] * grid[1]
-        arguments.append(c_int32(at_once))
-    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, tuple(arguments))]
+    at_once = _blocks_at_once(call, grid, shared, device) if early and device.major >= 9 else math.prod(grid)
+    arguments = (call, c_int32(rows), *([c_int32(at_once)] if by_rows else []))
+    return [Launch("selective_update.cuh", name, grid, (32 * warps,), shared, arguments)]
 
 
 _UPDATE_RESIDENT = 4
 
 
 def _blocks_at_once(call: Any, grid: tuple[int, int], shared: int, device: Device) -> int:
-    of_one = min(_UPDATE_RESIDENT, (device.shared_bytes + 1024) // (shared + 1024))
-    if grid[0] * grid[1] > of_one * device.multiprocessors:
-        return grid[0] * grid[1]
+    """As in ``step.cu``."""
+    of_one, blocks = min(_UPDATE_RESIDENT, (device.shared_bytes + 1024) // (shared + 1024)), math.prod(grid)
+    if blocks > of_one * device.multiprocessors:
+        return blocks
     return of_one * max(device.multiprocessors - math.prod(_low_grid(call.low_row, call.batch)), 0)
 
 

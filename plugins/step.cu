@@ -227,8 +227,10 @@ bool is_low(const Linear& a, const Device& device) {
            is_aligned(a.y, 8) && Own::bytes(Own::inputs(a)) <= device.shared_bytes - kLowSpare;
 }
 
+// Its row tiles, and its blocks.
+int low_tiles(int batch) { return batch <= LowTile<1>::kRows ? 1 : 2; }
 dim3 low_grid(int outputs, int batch) {
-    const int rows = batch <= LowTile<1>::kRows ? LowTile<1>::kRows : LowTile<2>::kRows;
+    const int rows = LowTile<1>::kRows * low_tiles(batch);
     return dim3(static_cast<unsigned>(ceil_div(outputs, kLowOutputs) * kLowSplit), static_cast<unsigned>(ceil_div(batch, rows)));
 }
 
@@ -254,9 +256,9 @@ cudaError_t run(const MambaXProj& c, void* workspace, cudaStream_t stream) {
         const cudaError_t error = device.read(norm_kernel<float, float>);
         if (error != cudaSuccess) return error;
         a = complete<T>(a);
-        const bool one = a.batch <= LowTile<1>::kRows;
-        if (one && is_low<1>(a, device)) return low<T, 1>(a, device, stream);
-        if (!one && is_low<2>(a, device)) return low<T, 2>(a, device, stream);
+        const int tiles = low_tiles(a.batch);
+        if (tiles == 1 && is_low<1>(a, device)) return low<T, 1>(a, device, stream);
+        if (tiles == 2 && is_low<2>(a, device)) return low<T, 2>(a, device, stream);
     }
     return linear<T, T>(a, workspace, stream);
 }
