@@ -132,6 +132,21 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kCount>& pack) {
     *reinterpret_cast<Bits*>(to) = bits;
 }
 
+// Of what is read and written once a step: so that it leaves the L2 cache before what kernels hand each other.
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_streaming(const T* from) {
+    const auto bits = __ldcs(reinterpret_cast<const typename Word<sizeof(T) * kCount>::type*>(from));
+    Pack<T, kCount> pack;
+    memcpy(&pack, &bits, sizeof(bits));
+    return pack;
+}
+template <typename T, int kCount>
+__device__ __forceinline__ void store_streaming(T* to, const Pack<T, kCount>& pack) {
+    typename Word<sizeof(T) * kCount>::type bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    __stcs(reinterpret_cast<decltype(bits)*>(to), bits);
+}
+
 // COUNT neighbouring values in loads of at most 16 bytes; p is aligned to them.
 template <typename T, int COUNT>
 struct Neighbours {

@@ -315,7 +315,8 @@ __global__ void __launch_bounds__(32 * kUpdateWarps<T>, resident_blocks(kUpdateR
         bar_init(bar, 1);
         bars_are_there();
         bar_expect(bar, rows * bytes);
-        for (int r = 0; r < rows; r++) copy_line(shared_address(held + r * kHeld), from + r * of_row, bytes, bar);
+        const uint64_t policy = evict_first();
+        for (int r = 0; r < rows; r++) copy_line(shared_address(held + r * kHeld), from + r * of_row, bytes, bar, policy);
     };
     if (threadIdx.x == 0 && !late) bring();
 #else

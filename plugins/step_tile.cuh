@@ -152,8 +152,9 @@ struct FourAround {
         if (a.residual != nullptr) residual = load<float, 4>(a.residual + int64_t{b} * a.outputs + of.m);
         if (!of.convolved) return;
         used = a.seq_lens[b] > 0;
+        const T* const from = static_cast<const T*>(a.conv_state) + of.state(a, b);
 #pragma unroll
-        for (int i = 0; i < 3; i++) before[i] = load<T, 4>(static_cast<const T*>(a.conv_state) + of.state(a, b) + 4 * i);
+        for (int i = 0; i < 3; i++) before[i] = load_streaming<T, 4>(from + 4 * i);
     }
     __device__ __forceinline__ void finish(const Linear& a, const FourColumns<T>& of, int b, Pack<float, 4> v) const {
         if (a.bias != nullptr) {
@@ -184,8 +185,8 @@ struct FourAround {
             }
 #pragma unroll
             for (int i = 0; i < 3; i++) {
-                store(static_cast<T*>(a.conv_state_out) + of.state(a, b) + 4 * i,
-                      Pack<T, 4>{after[4 * i], after[4 * i + 1], after[4 * i + 2], after[4 * i + 3]});
+                store_streaming(static_cast<T*>(a.conv_state_out) + of.state(a, b) + 4 * i,
+                                Pack<T, 4>{after[4 * i], after[4 * i + 1], after[4 * i + 2], after[4 * i + 3]});
             }
         }
 #pragma unroll
