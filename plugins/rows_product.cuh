@@ -33,7 +33,7 @@ struct Tile {
     static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64;
     static constexpr int kWeights = 2 * kInputs * COLUMNS, kStage = kWeights + TILES * kBox;
     static constexpr int kFit = (kHopperShared - 1024) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
-    static constexpr int kAhead = COLUMNS > 64 ? 2 : 3;  // stages of weights then: more would queue, and other reads behind
+    static constexpr int kAhead = COLUMNS > 128 ? 2 : 3;  // stages of weights then: more would queue, and other reads behind
     static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
     static constexpr int kBars = kStages * kStage, kSumsBar = kBars + kBarBytes * kStages, kEndedBar = kSumsBar + 8;
     static constexpr int kBytes = kEndedBar + 8;
@@ -257,6 +257,7 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     const step::Linear& a = p.a;
     const uint32_t ring = shared_address(shared), first_bar = ring + Own::kBars, ended = ring + Own::kEndedBar;
     const step::Sums others{ring + Own::kSumsBar};
+    if (p.sums != nullptr) let_next_start();  // a norm, which has room beside it
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % kSplit;
     const int share = (a.batch + kSplit - 1) / kSplit, first = rank * share, until = min(share, a.batch - first);
     const int column = blockIdx.x / kSplit * COLUMNS, inputs = a.inputs / (kSplit * gridDim.y), stages = inputs / kInputs;
@@ -295,7 +296,7 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
             prefetch(static_cast<const T*>(a.conv_state) + columns.state(a, first + row));
         }
     }
-    let_next_start();
+    if (p.sums == nullptr) let_next_start();
     wait_for_previous();
     step::FourAround<T> around[kTurn];
     const auto read = [&](int row) {

@@ -42,6 +42,7 @@ template <typename T, int ROW_TILES>
 __global__ void __launch_bounds__(kLowThreads, 1) x_proj_kernel(const Linear a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     using Own = LowTile<ROW_TILES>;
+    let_next_start();  // the scan, whose first blocks then read states while this reads x
     extern __shared__ float4 memory[];
     __shared__ uint64_t received_bar;
     char* const shared = reinterpret_cast<char*>(memory);
@@ -71,7 +72,6 @@ __global__ void __launch_bounds__(kLowThreads, 1) x_proj_kernel(const Linear a) 
         bar_expect(bar, 4 * (kLowSplit - 1) * max(own, 0) * kLowOutputs);
     }
     cluster_arrive();
-    let_next_start();
     wait_for_previous();
     const T* const x = static_cast<const T*>(a.x) + int64_t{first} * a.x_stride + input;
 #pragma unroll
