@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
             prefetch(static_cast<const T*>(a.conv_state) + columns.state(a, first + row));
         }
     }
-    if (p.sums == nullptr) let_next_start();
+    if (p.sums == nullptr) let_next_start();  // in_proj: samples/results/step.txt, 96
     wait_for_previous();
     step::FourAround<T> around[kTurn];
     const auto read = [&](int row) {
