@@ -71,16 +71,23 @@ __global__ void __launch_bounds__(kLowThreads, 1) x_proj_kernel(const Linear a) 
         const int own = min(Own::kShare, rows - rank * Own::kShare);
         bar_expect(bar, 4 * (kLowSplit - 1) * max(own, 0) * kLowOutputs);
     }
+    // Of eight rows those behind the last are copies of it, whose sums nobody reads; further ones are left as they are. So are
+    // inputs behind the last: their weights are zeros.
+    const T* x_of[Own::kRows / 8];
+#pragma unroll
+    for (int i = 0; i < Own::kRows / 8; i++) {
+        x_of[i] = static_cast<const T*>(a.x) + int64_t{first + min(8 * i + line, rows - 1)} * a.x_stride;
+        asm volatile("" : "+l"(x_of[i]));  // now, not when the kernel ahead has ended
+    }
+    const uint32_t x_to = xs + line * pitch;
     cluster_arrive();
     wait_for_previous();
-    const T* const x = static_cast<const T*>(a.x) + int64_t{first} * a.x_stride + input;
+#pragma unroll 1
+    for (int k = 8 * piece; k < count; k += 32) {
+        const int at = min(input + k, (a.inputs - 1) / 8 * 8);
 #pragma unroll
-    for (int r = 0; r < Own::kRows; r += 8) {
-        const int row = r + line;
-        for (int k = 8 * piece; k < count; k += 32) {
-            const bool there = row < rows && input + k < a.inputs;
-            copy_async(xs + row * pitch + 2 * k, there ? x + int64_t{row} * a.x_stride + k : static_cast<const T*>(a.x),
-                       there ? 16 : 0);
+        for (int i = 0; i < Own::kRows / 8; i++) {
+            if (8 * i < rows) copy_async_whole<16>(x_to + 8 * i * pitch + 2 * k, x_of[i] + at);
         }
     }
     copy_async_commit();
@@ -139,12 +146,12 @@ __global__ void __launch_bounds__(kLowThreads, 1) x_proj_kernel(const Linear a) 
         send_four(address_in(block, shared_address(place(rank))), address_in(block, bar), own.v);
         return;
     }
+    store(place(rank), own);
     bar_wait_of_cluster(bar, 0);
     Pack<float, 4> all{};
 #pragma unroll
     for (int s = 0; s < kLowSplit; s++) {
-        Pack<float, 4> part = own;
-        if (s != rank) part = load<float, 4>(place(s));
+        const Pack<float, 4> part = load<float, 4>(place(s));
 #pragma unroll
         for (int i = 0; i < 4; i++) all.v[i] += part.v[i];
     }
