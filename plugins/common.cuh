@@ -132,6 +132,14 @@ __device__ __forceinline__ void store(T* to, const Pack<T, kCount>& pack) {
     *reinterpret_cast<Bits*>(to) = bits;
 }
 
+// In one access: some compilers take a plain store behind a condition apart.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T, kCount>& pack) {
+    typename Word<sizeof(T) * kCount>::type bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    __stwb(reinterpret_cast<decltype(bits)*>(to), bits);
+}
+
 // Of what is read and written once a step: so that it leaves the L2 cache before what kernels hand each other.
 template <typename T, int kCount>
 __device__ __forceinline__ Pack<T, kCount> load_streaming(const T* from) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_uint8, c_void_p
+from ctypes import c_int32, c_uint8, c_void_p
 from typing import Any
 
 from mamba_deploy.plugins.launches_common import TYPES, ceil_div, kernel_name
@@ -26,8 +26,9 @@ class _Product(ctypes.Structure):
     _fields_ = [
         *((name, TensorMap) for name in ("x", "weight", "rest")),
         ("a", Linear),
+        ("box_rows", c_int32),
         ("sums", c_void_p),
-        ("padding", c_uint8 * (-(ctypes.sizeof(Linear) + ctypes.sizeof(c_void_p)) % MAP_ALIGN)),
+        ("padding", c_uint8 * (-(ctypes.sizeof(Linear) + 2 * ctypes.sizeof(c_void_p)) % MAP_ALIGN)),
     ]
 
 
@@ -77,8 +78,9 @@ def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device)
     def weights(box_columns: int) -> Any:
         return encoded(encode, dtype, a.weight, (a.outputs, a.inputs), (box_columns, _INPUTS))
 
-    x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, _ROWS))
-    p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, sums)
+    box_rows = ceil_div(a.batch, 8) * 8 if tiles == 1 else _ROWS
+    x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, box_rows))
+    p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, box_rows, sums)
     stage = 2 * _INPUTS * (columns + tiles * _ROWS)
     stages = min((HOPPER_SHARED - 1024) // stage, _MOST_STAGES)
     shared = stages * (stage + _BARS) + 16

@@ -51,8 +51,9 @@ cudaError_t start(Product p, int parts, int32_t dtype, cudaStream_t stream) {
     const auto weights = [&](TensorMap& map, int columns) {
         return make_map(encode, map, a.weight, dtype, a.inputs, a.outputs, kInputs, columns);
     };
+    p.box_rows = TILES == 1 ? static_cast<int32_t>(ceil_div(a.batch, 8)) * 8 : kRows;
     const bool made = weights(p.weight, 64) && (Own::kRest == 0 || weights(p.rest, Own::kRest)) &&
-                      make_map(encode, p.x, a.x, dtype, a.batch, a.inputs, kRows, kInputs);
+                      make_map(encode, p.x, a.x, dtype, a.batch, a.inputs, p.box_rows, kInputs);
     if (!made) return cudaErrorInvalidValue;
     const cudaError_t error = allow_shared(kernel, Own::kBytes);
     if (error != cudaSuccess) return error;

@@ -47,7 +47,8 @@ struct Tile {
 struct Product {
     TensorMap x, weight, rest;  // in boxes; rest: of the columns left over
     step::Linear a;
-    float* sums;  // [parts, rows, outputs] of as many inputs each, gridDim.y parts; or null: y, and what stands around it
+    int32_t box_rows;  // of x: as few as there are of a tile
+    float* sums;       // [parts, rows, outputs] of as many inputs each, gridDim.y parts; or null: y, and what stands around it
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -55,8 +56,8 @@ struct Product {
 // --- wgmma: the left operand [64, 16] has its rows in shared memory, the right one [16, columns] its columns
 
 // An operand of lines of SWIZZLE bytes, one after the other, as a bulk copy leaves them, of 64 columns the next kBox bytes on:
-// the upper half of what describes it, and the lower. The latter is from an address that all threads of a warp are known to
-// share: else each costs four moves.
+// the upper half of what describes it, and the lower, to which a sixteenth of a distance is added. The latter is from an
+// address that all threads of a warp are known to share: else each costs four moves.
 template <int SWIZZLE>
 constexpr uint32_t kUpper = (SWIZZLE == 128 ? 1u : SWIZZLE == 64 ? 2u : 3u) << 30 | 8 * SWIZZLE / 16;
 __device__ __forceinline__ uint32_t lower(uint32_t address) { return kBox / 16 << 16 | address >> 4; }
@@ -175,7 +176,7 @@ __device__ __forceinline__ void bring_x(
     using Own = Tile<COLUMNS, TILES>;
     const auto bring = [&](int slot, int s) {
         const uint32_t to = ring + slot * Own::kStage + Own::kWeights, bar = bars + kBarBytes * slot + 8;
-        bar_expect(bar, TILES * kBox);
+        bar_expect(bar, TILES * 2 * kInputs * p.box_rows);
 #pragma unroll
         for (int i = 0; i < TILES; i++) copy_box(to + i * kBox, p.x, input + s * kInputs, kRows * i, bar);
     };
@@ -190,6 +191,8 @@ template <typename T, int COLUMNS, int TILES>
 __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int tile, int stages, float (&sums)[COLUMNS / 2]) {
     using Own = Tile<COLUMNS, TILES>;
     float whole[32 * Own::kWhole] = {}, rest[Own::kRest > 0 ? Own::kRest / 2 : 8] = {};
+    // Without the bits that say which block of the cluster it is: they would fall into the distances.
+    const uint32_t first = lower(shared_by_warp(ring & 0x3FFFF));
     int slot = 0;
     uint32_t parity = 0;
     const auto give_back = [&](int of) {
@@ -200,15 +203,14 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         bar_wait(bars + kBarBytes * slot, parity);
         bar_wait(bars + kBarBytes * slot + 8, parity);
         products_begin();
-        // Without the bits that say which block of the cluster it is: they would fall into the distances.
-        const uint32_t at = shared_by_warp((ring + slot * Own::kStage) & 0x3FFFF), x = at + Own::kWeights + tile * kBox;
+        const uint32_t at = first + slot * (Own::kStage / 16), x = at + (Own::kWeights + tile * kBox) / 16;
 #pragma unroll
         for (int k = 0; k < kInputs / 16; k++) {
-            const uint32_t left = lower(x + 32 * k);
-            multiply<T, 128>(whole, left, lower(at + 2048 * k));
+            const uint32_t left = x + 32 * k / 16;
+            multiply<T, 128>(whole, left, at + 2048 * k / 16);
             if constexpr (Own::kRest > 0) {
                 constexpr int kLine = 2 * Own::kRest;
-                multiply<T, kLine>(rest, left, lower(at + Own::kWhole * kBox + 16 * kLine * k));
+                multiply<T, kLine>(rest, left, at + (Own::kWhole * kBox + 16 * kLine * k) / 16);
             }
         }
         products_commit();
@@ -227,15 +229,17 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
 template <int COLUMNS>
 __device__ __forceinline__ void put_row(const step::Sums& sums, float* to, int block, int own, const float* pairs) {
     const uint32_t there = address_in(block, shared_address(to)), bar_there = address_in(block, sums.bar);
+    const auto each = [&](auto&& put) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 16; i++) {
-        const float* const v = pairs + 8 * i;
-        const float four[4] = {v[0], v[1], v[4], v[5]};
-        if (block != own) {
-            send_four(there + 64 * i, bar_there, four);
-        } else {
-            store(to + 16 * i, Pack<float, 4>{four[0], four[1], four[2], four[3]});
+        for (int i = 0; i < COLUMNS / 16; i++) {
+            const float* const v = pairs + 8 * i;
+            put(i, {v[0], v[1], v[4], v[5]});
         }
+    };
+    if (block != own) {  // once: a branch for each takes longer than what it chooses
+        each([&](int i, const float (&v)[4]) { send_four(there + 64 * i, bar_there, v); });
+    } else {
+        each([&](int i, const float (&v)[4]) { store(to + 16 * i, Pack<float, 4>{v[0], v[1], v[2], v[3]}); });
     }
 }
 // Four neighbouring columns of what that has left.
@@ -244,6 +248,52 @@ __device__ __forceinline__ Pack<float, 4> get_quad(const float* row, int quad) {
     const Pack<float, 2> first = load<float, 2>(from), second = load<float, 2>(from + 4);
     return {first.v[0], first.v[1], second.v[0], second.v[1]};
 }
+
+// What a thread does with sums that have met: `results` of both blocks, of four columns.
+template <typename T, int PITCH, int AT_ONCE>
+struct Finish {
+    const Product& p;
+    const step::FourColumns<T>& columns;
+    uint2 bias_bits;
+    const float* results;  // [kSplit, share, PITCH]
+    int quad, share, first, until;
+
+    // COUNT rows from `row` on, AT_ONCE apart, each step of all of them at once and without a branch between: a thread then
+    // waits once for what it would wait for COUNT times. Rows that are not there are the last, and not written.
+    template <int COUNT, int HELD>
+    __device__ __forceinline__ void rows(step::FourAround<T> (&around)[HELD], int row) const {
+        const step::Linear& a = p.a;
+        const Pack<T, 4> bias = columns.pack(bias_bits);
+        Pack<float, 4> v[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const float* const of_row = results + min(row + i * AT_ONCE, until - 1) * PITCH;
+            v[i] = get_quad(of_row, quad);
+            const Pack<float, 4> other = get_quad(of_row + share * PITCH, quad);
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[i].v[j] += other.v[j] + to_float(bias.v[j]);
+        }
+        const auto each = [&](auto* to, int size, auto&& write) {  // rows of `size` values, the batch's first at `to`
+            to += int64_t{first + row} * size;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++, to += AT_ONCE * size) {
+                if (row + i * AT_ONCE < until) write(i, to);
+            }
+        };
+        if (p.sums != nullptr) {
+            float* const sums = p.sums + int64_t{blockIdx.y} * a.batch * a.outputs;
+            each(sums + columns.m, a.outputs, [&](int i, float* to) { store_whole(to, v[i]); });
+            return;
+        }
+        if (columns.convolved) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) around[i].convolve(columns, v[i]);
+            each(static_cast<T*>(a.conv_state_out) + columns.state(a, 0), 3 * a.conv_channels,
+                 [&](int i, T* to) { around[i].write_state(to); });
+        }
+        each(static_cast<T*>(a.y) + columns.m, a.outputs, [&](int i, T* to) { around[i].write(to, v[i]); });
+    }
+};
 
 #endif
 
@@ -286,11 +336,14 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     // and has read what stands around them meanwhile.
     constexpr bool kApart = TILES == 1;
     constexpr int kFirst = kApart ? 32 * kMultiply : 0, kQuads = COLUMNS / 4, kAtOnce = (kThreads - kFirst) / kQuads;
-    // Rows that a thread reads before it needs the first: four, for more would not stay in registers.
-    constexpr int kNeeded = (kRows / kSplit + kAtOnce - 1) / kAtOnce, kTurn = !kApart ? 2 : kNeeded < 4 ? kNeeded : 4;
+    // Rows that a thread finishes at once, and reads before it needs the first: up to four, for more would not stay in
+    // registers, and in turns of as many.
+    constexpr int kNeeded = (kRows / kSplit + kAtOnce - 1) / kAtOnce, kTurns = (kNeeded + 3) / 4;
+    constexpr int kTurn = kApart ? (kNeeded + kTurns - 1) / kTurns : 2;
     const int of_finish = static_cast<int>(threadIdx.x) - kFirst, quad = max(of_finish, 0) % kQuads, own_row = of_finish / kQuads;
     const step::FourColumns<T> columns(a, column + 4 * quad);
     const bool finishes = columns.m < a.outputs && of_finish >= 0 && own_row < kAtOnce;
+    const uint2 bias = columns.four(finishes ? a.bias : nullptr, columns.m);
     if (finishes && columns.convolved) {
         for (int row = own_row; row < until; row += kAtOnce) {
             prefetch(static_cast<const T*>(a.conv_state) + columns.state(a, first + row));
@@ -326,22 +379,14 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     if (!kApart) read(own_row);
     others.wait(true);
     if (!finishes) return;
+    const Finish<T, Own::kPitch, kAtOnce> finish{p, columns, bias, results, quad, share, first, until};
+    if (until <= kAtOnce) {
+        if (own_row < until) finish.template rows<1>(around, own_row);
+        return;
+    }
 #pragma unroll 1
     for (int row = own_row; row < until; row += kTurn * kAtOnce) {
-#pragma unroll
-        for (int i = 0; i < kTurn; i++) {
-            const int r = row + i * kAtOnce;
-            if (r >= until) break;
-            Pack<float, 4> v = get_quad(results + r * Own::kPitch, quad);
-            const Pack<float, 4> other = get_quad(results + (share + r) * Own::kPitch, quad);
-#pragma unroll
-            for (int j = 0; j < 4; j++) v.v[j] += other.v[j];
-            if (p.sums == nullptr) {
-                around[i].finish(a, columns, first + r, v);
-            } else {
-                store(p.sums + (int64_t{blockIdx.y} * a.batch + first + r) * a.outputs + columns.m, v);
-            }
-        }
+        finish.template rows<kTurn>(around, row);
         read(row + kTurn * kAtOnce);
     }
 #else

@@ -120,7 +120,8 @@ template <typename T>
 struct FourColumns {
     int m, channel;
     bool together, convolved;
-    Pack<T, 4> filter[4], conv_bias;
+    Pack<T, 4> filter[4];
+    uint2 conv_bias;  // as it lies in memory: taken apart where it is chosen from zeros, it would be waited for there
 
     __device__ __forceinline__ FourColumns(const Linear& a, int m) : m(m), channel(m - a.conv_first) {
         together = is_together(a);
@@ -129,12 +130,16 @@ struct FourColumns {
         const T* const weights = static_cast<const T*>(a.conv_weight) + 4 * int64_t{channel};
 #pragma unroll
         for (int i = 0; i < 4; i++) filter[i] = load_constant<T, 4>(weights + 4 * i);
-        if (a.conv_bias != nullptr) {
-            conv_bias = load_constant<T, 4>(static_cast<const T*>(a.conv_bias) + channel);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; i++) conv_bias.v[i] = from_float<T>(0.0f);
-        }
+        conv_bias = four(a.conv_bias, channel);
+    }
+    // Of a bias; zeros where there is none.
+    static __device__ __forceinline__ uint2 four(const void* bias, int i) {
+        return bias != nullptr ? __ldg(reinterpret_cast<const uint2*>(static_cast<const T*>(bias) + i)) : make_uint2(0, 0);
+    }
+    static __device__ __forceinline__ Pack<T, 4> pack(const uint2& bits) {
+        Pack<T, 4> values;
+        memcpy(&values, &bits, sizeof(bits));
+        return values;
     }
     __device__ __forceinline__ int64_t state(const Linear& a, int b) const {
         return (int64_t{b} * a.conv_channels + channel) * 3;
@@ -156,7 +161,34 @@ struct FourAround {
 #pragma unroll
         for (int i = 0; i < 3; i++) before[i] = load_streaming<T, 4>(from + 4 * i);
     }
-    __device__ __forceinline__ void finish(const Linear& a, const FourColumns<T>& of, int b, Pack<float, 4> v) const {
+    // v, of the product and the bias, becomes the convolution's, `before` the state that it leaves.
+    __device__ __forceinline__ void convolve(const FourColumns<T>& of, Pack<float, 4>& v) {
+        T moved[12];
+        const Pack<T, 4> bias = of.pack(of.conv_bias);
+        const auto old = [&](int i) { return before[i / 4].v[i % 4]; };
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float sum = to_float(bias.v[i]);
+            const T window[4] = {old(3 * i), old(3 * i + 1), old(3 * i + 2), from_float<T>(v.v[i])};
+#pragma unroll
+            for (int t = 0; t < 4; t++) sum = fmaf(to_float(of.filter[i].v[t]), to_float(window[t]), sum);
+#pragma unroll
+            for (int t = 0; t < 3; t++) moved[3 * i + t] = window[t + 1];
+            v.v[i] = silu(sum);
+        }
+        if (used) memcpy(before, moved, sizeof(before));
+    }
+    __device__ __forceinline__ void write_state(T* to) const {
+#pragma unroll
+        for (int i = 0; i < 3; i++) store_streaming(to + 4 * i, before[i]);
+    }
+    static __device__ __forceinline__ void write(T* to, const Pack<float, 4>& v) {
+        Pack<T, 4> y;
+#pragma unroll
+        for (int i = 0; i < 4; i++) y.v[i] = from_float<T>(v.v[i]);
+        store_whole(to, y);
+    }
+    __device__ __forceinline__ void finish(const Linear& a, const FourColumns<T>& of, int b, Pack<float, 4> v) {
         if (a.bias != nullptr) {
             const Pack<T, 4> bias = load_constant<T, 4>(static_cast<const T*>(a.bias) + of.m);
 #pragma unroll
@@ -169,29 +201,11 @@ struct FourAround {
             store(static_cast<float*>(a.y) + at, v);
             return;
         }
-        Pack<T, 4> y;
         if (of.convolved) {
-            T after[12];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float sum = to_float(of.conv_bias.v[i]);
-                const T window[4] = {before[3 * i / 4].v[3 * i % 4], before[(3 * i + 1) / 4].v[(3 * i + 1) % 4],
-                                     before[(3 * i + 2) / 4].v[(3 * i + 2) % 4], from_float<T>(v.v[i])};
-#pragma unroll
-                for (int t = 0; t < 4; t++) sum = fmaf(to_float(of.filter[i].v[t]), to_float(window[t]), sum);
-#pragma unroll
-                for (int t = 0; t < 3; t++) after[3 * i + t] = used ? window[t + 1] : window[t];
-                v.v[i] = silu(sum);
-            }
-#pragma unroll
-            for (int i = 0; i < 3; i++) {
-                store_streaming(static_cast<T*>(a.conv_state_out) + of.state(a, b) + 4 * i,
-                                Pack<T, 4>{after[4 * i], after[4 * i + 1], after[4 * i + 2], after[4 * i + 3]});
-            }
+            convolve(of, v);
+            write_state(static_cast<T*>(a.conv_state_out) + of.state(a, b));
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++) y.v[i] = from_float<T>(v.v[i]);
-        store(static_cast<T*>(a.y) + at, y);
+        write(static_cast<T*>(a.y) + at, v);
     }
 };
 
