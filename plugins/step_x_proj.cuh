@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kLowThreads, 1) x_proj_kernel(const Linear a) 
         const int own = min(Own::kShare, rows - rank * Own::kShare);
         bar_expect(bar, 4 * (kLowSplit - 1) * max(own, 0) * kLowOutputs);
     }
-    // Of eight rows those behind the last are copies of it, whose sums nobody reads; further ones are left as they are. So are
-    // inputs behind the last: their weights are zeros.
+    // Of eight rows those behind the last are copies of it, whose sums nobody reads; further rows are left as they are. Inputs
+    // behind the last are copies of the last eight: their weights are zeros.
     const T* x_of[Own::kRows / 8];
 #pragma unroll
     for (int i = 0; i < Own::kRows / 8; i++) {
