@@ -17,7 +17,8 @@ __all__ = ["SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
 
 SUMS = 4  # in which out_proj comes, each of as many inputs
 
-_ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_STAGES, _BARS = 64, 64, 384, 2, 10, 24
+_ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_SLOTS = 64, 64, 384, 2, 16
+_SHARED, _RING = HOPPER_SHARED - 2048, 1024  # bytes at most; where the ring begins
 _LEAST_ROWS, _MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 3, 2 * _ROWS, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
 
@@ -26,7 +27,8 @@ class _Product(ctypes.Structure):
     _fields_ = [
         *((name, TensorMap) for name in ("x", "weight", "rest")),
         ("a", Linear),
-        ("box_rows", c_int32),
+        ("stages", c_int32),
+        ("slots", c_int32),
         ("sums", c_void_p),
         ("padding", c_uint8 * (-(ctypes.sizeof(Linear) + 2 * ctypes.sizeof(c_void_p)) % MAP_ALIGN)),
     ]
@@ -79,11 +81,11 @@ def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device)
         return encoded(encode, dtype, a.weight, (a.outputs, a.inputs), (box_columns, _INPUTS))
 
     box_rows = ceil_div(a.batch, 8) * 8 if tiles == 1 else _ROWS
+    stage = 2 * _INPUTS * (columns + tiles * box_rows)
+    slots = min((_SHARED - _RING) // stage, _MOST_SLOTS)
     x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, box_rows))
-    p = _Product(x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap(), a, box_rows, sums)
-    stage = 2 * _INPUTS * (columns + tiles * _ROWS)
-    stages = min((HOPPER_SHARED - 1024) // stage, _MOST_STAGES)
-    shared = stages * (stage + _BARS) + 16
+    maps = x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap()
+    p = _Product(*maps, a, a.inputs // (_SPLIT * parts * _INPUTS), slots, sums)
     grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
     name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
-    return Launch("rows_product.cuh", name, grid, (_THREADS,), shared, (p,), _SPLIT)
+    return Launch("rows_product.cuh", name, grid, (_THREADS,), _RING + slots * stage, (p,), _SPLIT)

@@ -51,14 +51,17 @@ cudaError_t start(Product p, int parts, int32_t dtype, cudaStream_t stream) {
     const auto weights = [&](TensorMap& map, int columns) {
         return make_map(encode, map, a.weight, dtype, a.inputs, a.outputs, kInputs, columns);
     };
-    p.box_rows = TILES == 1 ? static_cast<int32_t>(ceil_div(a.batch, 8)) * 8 : kRows;
+    p.stages = a.inputs / (kSplit * parts * kInputs);
+    const int stage = Own::stage(a.batch);
+    p.slots = std::min((rows::kShared - Own::kRing) / stage, Own::kMostSlots);
     const bool made = weights(p.weight, 64) && (Own::kRest == 0 || weights(p.rest, Own::kRest)) &&
-                      make_map(encode, p.x, a.x, dtype, a.batch, a.inputs, p.box_rows, kInputs);
+                      make_map(encode, p.x, a.x, dtype, a.batch, a.inputs, Own::box_rows(a.batch), kInputs);
     if (!made) return cudaErrorInvalidValue;
-    const cudaError_t error = allow_shared(kernel, Own::kBytes);
+    const int bytes = Own::kRing + p.slots * stage;
+    const cudaError_t error = allow_shared(kernel, bytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, COLUMNS) * kSplit), parts);
-    return launch_early(kernel, grid, dim3(rows::kThreads), Own::kBytes, kSplit, true, stream, p);
+    return launch_early(kernel, grid, dim3(rows::kThreads), bytes, kSplit, true, stream, p);
 }
 
 template <typename T, int TILES>

@@ -19,8 +19,8 @@ constexpr int kBox = 2 * kInputs * 64;   // bytes, of x and of weights alike
 constexpr int kThreads = 384;            // first warpgroups multiply, two warps bring weights and x; the rest, or all, finish
 constexpr int kWarps = kThreads / 32;
 constexpr int kSplit = 2;                // blocks of a cluster, which share columns and split inputs
-constexpr int kMostStages = 10;
-constexpr int kBarBytes = 24;            // a stage's barriers: its weights are there; its x is; it is done with
+constexpr int kBarBytes = 24;            // a slot's barriers: its weights are there; its x is; it is done with
+constexpr int kShared = kHopperShared - 2048;  // bytes at most, so that a norm's block has room beside it
 
 template <typename T>
 constexpr bool kIsHalf = false;
@@ -30,25 +30,35 @@ constexpr bool kIsHalf<__half> = true;
 // Of weights, boxes of 64 columns and one of the 16 or 32 that are left over.
 template <int COLUMNS, int TILES>
 struct Tile {
-    static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64;
-    static constexpr int kWeights = 2 * kInputs * COLUMNS, kStage = kWeights + TILES * kBox;
-    static constexpr int kFit = (kHopperShared - 1024) / kStage, kStages = kFit < kMostStages ? kFit : kMostStages;
-    static constexpr int kAhead = COLUMNS > 128 ? 2 : 3;  // stages of weights then: more would queue, and other reads behind
+    static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64, kWeights = 2 * kInputs * COLUMNS;
     static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
-    static constexpr int kBars = kStages * kStage, kSumsBar = kBars + kBarBytes * kStages, kEndedBar = kSumsBar + 8;
-    static constexpr int kBytes = kEndedBar + 8;
+    // In shared memory: the barriers, those of the ring's slots first; then the ring, of stages of x and weights.
+    static constexpr int kRing = 1024;
+    static constexpr int kFew = (kShared - kRing) / (kWeights + TILES * kBox);  // slots for all rows of a tile
+    static constexpr int kMany = (kShared - kRing) / (kWeights + (TILES == 1 ? kBox / 8 : TILES * kBox));  // for up to 8
+    static constexpr int kMostSlots = kMany < 16 ? kMany : 16;
+    static constexpr int kSumsBar = kBarBytes * kMostSlots, kEndedBar = kSumsBar + 8;
     // Threads that registers are shared out to: so few each, where that will do, that a block of a norm has some too.
     static constexpr int kSharing = COLUMNS > 160 ? kThreads : 480;
-    static_assert(4 * kSplit * TILES * kRows / 2 * kPitch <= kStages * kStage, "sums lie in the ring's place");
-    static_assert(kAhead < kStages, "or the slot that is waited for would be another stage's");
+    static_assert(kEndedBar + 8 <= kRing, "or the first stage would lie in the barriers");
+    static_assert(kFew > 3, "or a slot that is waited for would be another stage's: ahead()");
+    static_assert(4 * kSplit * TILES * kRows / 2 * kPitch <= kFew * (kWeights + TILES * kBox), "sums lie in the ring's place");
+    static_assert(kWeights >= kBox, "a product of 64 rows reads, behind x's, what nobody needs");
     static_assert(kRest % 16 == 0 && kRest <= 32, "for which there are products");
+
+    // Rows of a box of x: of one tile as few as there are, of those that are swizzled together.
+    static __host__ __device__ int box_rows(int batch) { return TILES == 1 ? (batch + 7) / 8 * 8 : kRows; }
+    static __host__ __device__ int x_bytes(int batch) { return TILES * 2 * kInputs * box_rows(batch); }
+    static __host__ __device__ int stage(int batch) { return x_bytes(batch) + kWeights; }
+    // Stages of weights on their way until the kernel ahead has ended: more would queue, and other reads behind them.
+    static __device__ int ahead(int batch) { return COLUMNS > 128 || batch > kRows / 2 ? 2 : 3; }
 };
 
 struct Product {
     TensorMap x, weight, rest;  // in boxes; rest: of the columns left over
     step::Linear a;
-    int32_t box_rows;  // of x: as few as there are of a tile
-    float* sums;       // [parts, rows, outputs] of as many inputs each, gridDim.y parts; or null: y, and what stands around it
+    int32_t stages, slots;  // of a block; of the ring
+    float* sums;  // [parts, rows, outputs] of as many inputs each, gridDim.y parts; or null: y, and what stands around it
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -135,64 +145,89 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t x, uint32_t
 #undef MAMBA_NAMES_8
 
 // Stages behind the first of each slot, when that is done with.
-template <int SLOTS, typename Bring>
-__device__ __forceinline__ void bring_again(uint32_t bars, int stages, Bring&& bring) {
+template <typename Bring>
+__device__ __forceinline__ void bring_again(uint32_t bars, int slots, int stages, Bring&& bring) {
     int slot = 0;
     uint32_t parity = 0;
 #pragma unroll 1
-    for (int s = SLOTS; s < stages; s++) {
+    for (int s = slots; s < stages; s++) {
         bar_wait(bars + kBarBytes * slot + 16, parity);
         bring(slot, s);
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
+        if (++slot == slots) slot = 0, parity ^= 1;
     }
+}
+
+// One thread, all slots' barriers of a kind. A thread each takes longer: of a warp they do it one after the other, in 25 ns.
+template <int COLUMNS, int TILES>
+__device__ __forceinline__ void set_up(uint32_t bars, int count) {
+#pragma unroll
+    for (int i = 0; i < Tile<COLUMNS, TILES>::kMostSlots; i++) bar_init(bars + kBarBytes * i, count);
+    bars_are_there();
 }
 
 // The lane that brings weights. Until the kernel ahead has ended few are on their way.
 template <int COLUMNS, int TILES>
-__device__ __forceinline__ void bring_weights(
-    const Product& p, uint32_t ring, uint32_t bars, uint32_t ended, int column, int input, int stages) {
+struct Weights {
     using Own = Tile<COLUMNS, TILES>;
-    const uint64_t policy = evict_first();
-    const auto bring = [&](int slot, int k) {
-        const uint32_t to = ring + slot * Own::kStage, bar = bars + kBarBytes * slot;
+    const Product& p;
+    uint32_t ring, bars;
+    int column, input, stages;
+
+    __device__ __forceinline__ void bring(int slot, int s) const {
+        const uint32_t to = ring + slot * Own::stage(p.a.batch) + Own::x_bytes(p.a.batch), bar = bars + kBarBytes * slot;
+        const uint64_t policy = evict_first();
+        const int k = input + s * kInputs;
         bar_expect(bar, Own::kWeights);
 #pragma unroll
         for (int i = 0; i < Own::kWhole; i++) copy_box(to + i * kBox, p.weight, column + 64 * i, k, bar, policy);
         if (Own::kRest > 0) copy_box(to + Own::kWhole * kBox, p.rest, column + 64 * Own::kWhole, k, bar, policy);
-    };
-    for (int s = 0; s < min(stages, Own::kStages); s++) {
-        if (s >= Own::kAhead) {
-            while (!bar_is_over(bars + kBarBytes * (s - Own::kAhead), 0) && !bar_is_over(ended, 0)) {}
-        }
-        bring(s, input + s * kInputs);
     }
-    bring_again<Own::kStages>(bars, stages, [&](int slot, int s) { bring(slot, input + s * kInputs); });
-}
+    // The first, as many as it says.
+    __device__ __forceinline__ int begin() const {
+        const int count = min(stages, Own::ahead(p.a.batch));
+#pragma unroll 1
+        for (int s = 0; s < count; s++) bring(s, s);
+        return count;
+    }
+    // Those from `first` on.
+    __device__ __forceinline__ void run(int first, uint32_t ended) const {
+        const int ahead = Own::ahead(p.a.batch);
+#pragma unroll 1
+        for (int s = first; s < min(stages, p.slots); s++) {
+            while (s >= ahead && !bar_is_over(bars + kBarBytes * (s - ahead), 0) && !bar_is_over(ended, 0)) {}
+            bring(s, s);
+        }
+        bring_again(bars, p.slots, stages, [&](int slot, int s) { bring(slot, s); });
+    }
+};
 
 // The lane that brings x.
 template <int COLUMNS, int TILES>
 __device__ __forceinline__ void bring_x(
     const Product& p, uint32_t ring, uint32_t bars, uint32_t ended, int input, int stages) {
     using Own = Tile<COLUMNS, TILES>;
+    const int stage = Own::stage(p.a.batch), bytes = Own::x_bytes(p.a.batch);
     const auto bring = [&](int slot, int s) {
-        const uint32_t to = ring + slot * Own::kStage + Own::kWeights, bar = bars + kBarBytes * slot + 8;
-        bar_expect(bar, TILES * 2 * kInputs * p.box_rows);
+        const uint32_t to = ring + slot * stage, bar = bars + kBarBytes * slot + 8;
+        bar_expect(bar, bytes);
 #pragma unroll
         for (int i = 0; i < TILES; i++) copy_box(to + i * kBox, p.x, input + s * kInputs, kRows * i, bar);
     };
     wait_for_previous();
     bar_arrive(ended);
-    for (int s = 0; s < min(stages, Own::kStages); s++) bring(s, s);
-    bring_again<Own::kStages>(bars, stages, bring);
+    for (int s = 0; s < min(stages, p.slots); s++) bring(s, s);
+    bring_again(bars, p.slots, stages, bring);
 }
 
 // A warpgroup's 64 rows: their sums to the blocks that finish them.
 template <typename T, int COLUMNS, int TILES>
-__device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int tile, int stages, float (&sums)[COLUMNS / 2]) {
+__device__ __forceinline__ void multiply_rows(
+    const Product& p, uint32_t ring, uint32_t bars, int tile, int stages, float (&sums)[COLUMNS / 2]) {
     using Own = Tile<COLUMNS, TILES>;
     float whole[32 * Own::kWhole] = {}, rest[Own::kRest > 0 ? Own::kRest / 2 : 8] = {};
     // Without the bits that say which block of the cluster it is: they would fall into the distances.
-    const uint32_t first = lower(shared_by_warp(ring & 0x3FFFF));
+    const uint32_t first = lower(shared_by_warp(ring & 0x3FFFF)), stage = Own::stage(p.a.batch) / 16;
+    const uint32_t weights = Own::x_bytes(p.a.batch) / 16;
     int slot = 0;
     uint32_t parity = 0;
     const auto give_back = [&](int of) {
@@ -203,7 +238,7 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         bar_wait(bars + kBarBytes * slot, parity);
         bar_wait(bars + kBarBytes * slot + 8, parity);
         products_begin();
-        const uint32_t at = first + slot * (Own::kStage / 16), x = at + (Own::kWeights + tile * kBox) / 16;
+        const uint32_t x = first + slot * stage + tile * (kBox / 16), at = first + slot * stage + weights;
 #pragma unroll
         for (int k = 0; k < kInputs / 16; k++) {
             const uint32_t left = x + 32 * k / 16;
@@ -215,8 +250,8 @@ __device__ __forceinline__ void multiply_rows(uint32_t ring, uint32_t bars, int 
         }
         products_commit();
         products_wait<1>();
-        if (s > 0) give_back(slot > 0 ? slot - 1 : Own::kStages - 1);
-        if (++slot == Own::kStages) slot = 0, parity ^= 1;
+        if (s > 0) give_back(slot > 0 ? slot - 1 : p.slots - 1);
+        if (++slot == p.slots) slot = 0, parity ^= 1;
     }
     products_wait<0>();
     are_there(whole);
@@ -305,31 +340,34 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     using Own = Tile<COLUMNS, TILES>;
     extern __shared__ __align__(1024) char shared[];
     const step::Linear& a = p.a;
-    const uint32_t ring = shared_address(shared), first_bar = ring + Own::kBars, ended = ring + Own::kEndedBar;
-    const step::Sums others{ring + Own::kSumsBar};
+    const uint32_t first_bar = shared_address(shared), ended = first_bar + Own::kEndedBar, ring = first_bar + Own::kRing;
+    const step::Sums others{first_bar + Own::kSumsBar};
     if (p.sums != nullptr) let_next_start();  // a norm, which has room beside it
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % kSplit;
     const int share = (a.batch + kSplit - 1) / kSplit, first = rank * share, until = min(share, a.batch - first);
-    const int column = blockIdx.x / kSplit * COLUMNS, inputs = a.inputs / (kSplit * gridDim.y), stages = inputs / kInputs;
+    const int column = blockIdx.x / kSplit * COLUMNS, stages = p.stages, inputs = stages * kInputs;
     constexpr int kMultiply = 4 * TILES;  // warps
-    if (threadIdx.x < Own::kStages) {
-        const uint32_t own = first_bar + kBarBytes * threadIdx.x;
-        bar_init(own, 1);
-        bar_init(own + 8, 1);
-        bar_init(own + 16, kMultiply);
-        bars_are_there();
-    }
-    if (threadIdx.x == 0) {
-        bar_init(ended, 1);
-        others.expect(4 * until * COLUMNS);
+    const int input = (blockIdx.y * kSplit + rank) * inputs;
+    const Weights<COLUMNS, TILES> weights{p, ring, first_bar, column, input, stages};
+    // At once, but for an in_proj whose stages all have room: those are in time anyway, and in the way of what still runs.
+    const bool at_once = p.sums != nullptr || stages > p.slots;
+    int brought = 0;
+    if (lane == 0) {
+        if (warp == kWarps - 1) {
+            set_up<COLUMNS, TILES>(first_bar, 1);
+            if (at_once) brought = weights.begin();
+        } else if (warp == kWarps - 2) {
+            set_up<COLUMNS, TILES>(first_bar + 8, 1);
+            bar_init(ended, 1);
+        } else if (warp == 0) {
+            set_up<COLUMNS, TILES>(first_bar + 16, kMultiply);
+            others.expect(4 * until * COLUMNS);
+        }
     }
     __syncthreads();
     if (warp >= kWarps - 2) {
-        const int input = (blockIdx.y * kSplit + rank) * inputs;
         if (lane == 0 && warp == kWarps - 2) bring_x<COLUMNS, TILES>(p, ring, first_bar, ended, input, stages);
-        if (lane == 0 && warp == kWarps - 1) {
-            bring_weights<COLUMNS, TILES>(p, ring, first_bar, ended, column, input, stages);
-        }
+        if (lane == 0 && warp == kWarps - 1) weights.run(brought, ended);
         __syncwarp();
     }
     // A thread finishes 4 columns of every kAtOnce-th row of this block's share; of up to 64 rows, one that does not multiply,
@@ -360,10 +398,10 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
             }
         }
     };
-    float* const results = reinterpret_cast<float*>(shared);  // [kSplit, share, kPitch], in the ring's place
+    float* const results = reinterpret_cast<float*>(shared + Own::kRing);  // [kSplit, share, kPitch], in the ring's place
     if (warp < kMultiply) {
         float sums[COLUMNS / 2];
-        multiply_rows<T, COLUMNS, TILES>(ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), stages, sums);
+        multiply_rows<T, COLUMNS, TILES>(p, ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), stages, sums);
         cluster_meet();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -382,6 +420,11 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     const Finish<T, Own::kPitch, kAtOnce> finish{p, columns, bias, results, quad, share, first, until};
     if (until <= kAtOnce) {
         if (own_row < until) finish.template rows<1>(around, own_row);
+        return;
+    }
+    constexpr bool kOneTurn = kTurn * kAtOnce >= TILES * kRows / kSplit;
+    if (kOneTurn && p.sums == nullptr) {  // without a loop, ahead of which much would be computed for all its turns
+        finish.template rows<kTurn>(around, own_row);
         return;
     }
 #pragma unroll 1
