@@ -43,7 +43,7 @@ struct Tile {
     static_assert(kEndedBar + 8 <= kRing, "or the first stage would lie in the barriers");
     static_assert(kFew > 3, "or a slot that is waited for would be another stage's: ahead()");
     static_assert(4 * kSplit * TILES * kRows / 2 * kPitch <= kFew * (kWeights + TILES * kBox), "sums lie in the ring's place");
-    static_assert(kWeights >= kBox, "a product of 64 rows reads, behind x's, what nobody needs");
+    static_assert(kWeights >= kBox, "64 rows of x, of which a product reads all whatever there are, end within the stage");
     static_assert(kRest % 16 == 0 && kRest <= 32, "for which there are products");
 
     // Rows of a box of x: of one tile as few as there are, of those that are swizzled together.
