@@ -65,6 +65,10 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap& map, int 
         "[%4], %5;"
         : : "r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory");
 }
+// To the L2 cache alone.
+__device__ __forceinline__ void ask_for_line(const void* from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(from), "r"(bytes) : "memory");
+}
 
 // --- between the blocks of a cluster
 

@@ -119,7 +119,7 @@ class _Prompt:
                 self._second(layer)
             else:
                 self._first(layer)
-            self._out_proj(layer)
+            self._out_proj(i, layer)
         last = not c.all_logits
         self._norm_hidden(c.norm_weight, last, True)
         rows = c.batch if last else self.tokens
@@ -181,10 +181,10 @@ class _Prompt:
             sizes = (self.tokens, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
             self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, None, None, *sizes), self.T, self.item)
 
-    def _out_proj(self, layer: Any) -> None:
+    def _out_proj(self, i: int, layer: Any) -> None:
         c, at = self.c, self.at
         if self.by_rows:
-            self.found.append(launches_rows.out_proj(c, layer, at.y, at.sums, self.device))
+            self.found.append(launches_rows.out_proj(c, i, at.y, at.sums, self.device))
         else:
             out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
             self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, *self.blas, SUMS if at.sums else 1))

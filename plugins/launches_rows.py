@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_uint8, c_void_p
+import math
+from ctypes import c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
 
 from mamba_deploy.plugins.launches_common import TYPES, ceil_div, kernel_name
@@ -21,6 +22,11 @@ _ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_SLOTS = 64, 64, 384, 2, 16
 _SHARED, _RING = HOPPER_SHARED - 2048, 1024  # bytes at most; where the ring begins
 _LEAST_ROWS, _MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 3, 2 * _ROWS, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
+_ASKED = 4 << 20  # bytes of the next weights that a product asks for
+
+
+class _Next(ctypes.Structure):
+    _fields_ = [("weights", c_void_p), ("part", c_int64), ("parts", c_int32), ("asked", c_int32)]
 
 
 class _Product(ctypes.Structure):
@@ -29,8 +35,9 @@ class _Product(ctypes.Structure):
         ("a", Linear),
         ("stages", c_int32),
         ("slots", c_int32),
+        ("next", _Next),
         ("sums", c_void_p),
-        ("padding", c_uint8 * (-(ctypes.sizeof(Linear) + 2 * ctypes.sizeof(c_void_p)) % MAP_ALIGN)),
+        ("padding", c_uint8 * (-(sum(map(ctypes.sizeof, (Linear, _Next))) + 2 * ctypes.sizeof(c_void_p)) % MAP_ALIGN)),
     ]
 
 
@@ -50,13 +57,28 @@ def is_rows(c: Any, device: Device) -> bool:
 
 def in_proj(c: Any, layer: Any, x: int, y: int, device: Device) -> Launch:
     """As ``rows_in_proj`` in C++."""
-    return _launch(_in_proj(c, layer, x, y), None, 1, c.dtype, device)
+    soon = not c.heads and c.batch <= _ROWS // 2  # what follows reads
+    after = _next(layer.out_proj, c.inner, c.width, SUMS * _SPLIT, _asked(c) * (1 if soon else 2))
+    return _launch(_in_proj(c, layer, x, y), None, after, 1, c.dtype, device)
 
 
-def out_proj(c: Any, layer: Any, x: int, sums: int, device: Device) -> Launch:
-    """As ``rows_out_proj`` in C++."""
-    a = Linear(c.batch, c.inner, c.width, c.inner, x=x, weight=layer.out_proj)
-    return _launch(a, sums, SUMS, c.dtype, device)
+def out_proj(c: Any, i: int, x: int, sums: int, device: Device) -> Launch:
+    """As ``rows_out_proj`` in C++, of the layer ``i``."""
+    layers = (MambaLayer * c.layers).from_address(c.each)
+    a = Linear(c.batch, c.inner, c.width, c.inner, x=x, weight=layers[i].out_proj)
+    last = i + 1 == c.layers
+    weights, asked = (None, 0) if last else (layers[i + 1].in_proj, _asked(c))
+    return _launch(a, sums, _next(weights, c.width, c.outputs, _SPLIT, asked), SUMS, c.dtype, device)
+
+
+def _asked(c: Any) -> int:
+    return _ASKED if c.batch <= _ROWS else 0
+
+
+def _next(weights: int | None, inputs: int, outputs: int, parts: int, size: int) -> _Next:
+    """The first bytes of weights [inputs, outputs], which a product will read in so many parts of its inputs."""
+    part = 2 * inputs // parts * outputs
+    return _Next(weights, part, parts, min(size // parts, part))
 
 
 def _in_proj(c: Any, layer: Any, x: int, y: int) -> Linear:
@@ -72,7 +94,7 @@ def _columns(outputs: int, parts: int, multiprocessors: int) -> int:
     return min(_COLUMNS, key=lambda columns: ceil_div(ceil_div(outputs, columns) * parts, room) * columns)
 
 
-def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device) -> Launch:
+def _launch(a: Linear, sums: int | None, after: _Next, parts: int, dtype: int, device: Device) -> Launch:
     columns, tiles = _columns(a.outputs, parts, device.multiprocessors), 1 if a.batch <= _ROWS else 2
     rest = columns % _BOX_COLUMNS
     encode: Any = device.encode_map  # which is_rows asks for
@@ -85,7 +107,8 @@ def _launch(a: Linear, sums: int | None, parts: int, dtype: int, device: Device)
     slots = min((_SHARED - _RING) // stage, _MOST_SLOTS)
     x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, box_rows))
     maps = x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap()
-    p = _Product(*maps, a, a.inputs // (_SPLIT * parts * _INPUTS), slots, sums)
     grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
+    after.asked = after.asked // (math.prod(grid) * 4 * tiles // after.parts) // 16 * 16  # of each warp that multiplies
+    p = _Product(*maps, a, a.inputs // (_SPLIT * parts * _INPUTS), slots, after, sums)
     name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
     return Launch("rows_product.cuh", name, grid, (_THREADS,), _RING + slots * stage, (p,), _SPLIT)

@@ -14,11 +14,12 @@ size_t prompt_workspace(const MambaModel& call);
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);
 
 // rows.cu: products of a token of some rows by its kernel, where they can be and are faster: in_proj with the convolution, and
-// out_proj in kSums sums [kSums, B, d] of as many inputs each. Whether a device can, is_rows() asks besides.
+// out_proj in kSums sums [kSums, B, d] of as many inputs each. Whether a device can, is_rows() asks besides. Each asks the L2
+// cache for weights of the product behind it.
 bool are_rows_sizes(const MambaModel& call);
 bool is_rows(const MambaModel& call);
 cudaError_t rows_in_proj(const MambaModel& call, const MambaLayer& layer, const void* x, void* y, cudaStream_t stream);
-cudaError_t rows_out_proj(const MambaModel& call, const MambaLayer& layer, const void* x, float* sums, cudaStream_t stream);
+cudaError_t rows_out_proj(const MambaModel& call, int layer, const void* x, float* sums, cudaStream_t stream);
 
 // step.cu: mamba_selective_update() that reads old states before the kernel ahead has ended. What wrote them must have ended
 // before that began.

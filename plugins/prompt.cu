@@ -127,7 +127,7 @@ class Prompt {
                             [&] {
                                 return m_.length == 1 ? step(layer) : is_mamba2(m_) ? second(layer) : first(layer);
                             },
-                            [&] { return out_proj(layer); });
+                            [&] { return out_proj(i); });
         }
         return error;
     }
@@ -218,11 +218,12 @@ class Prompt {
             [&] { return norm<T>(gate); });
     }
 
-    cudaError_t out_proj(const MambaLayer& layer) const {
+    cudaError_t out_proj(int i) const {
+        const MambaLayer& layer = m_.each[i];
         const bool apart = at_.sums != nullptr;
         return in_turn(
             [&] {
-                if (by_rows_) return rows_out_proj(m_, layer, at_.y, at_.sums, stream_);
+                if (by_rows_) return rows_out_proj(m_, i, at_.y, at_.sums, stream_);
                 return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
                                       apart ? at_.sums : at_.hidden, true, !apart, apart ? kSums : 1});
             },

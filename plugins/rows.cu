@@ -33,6 +33,16 @@ using rows::Tile;
 static_assert(kMostRows == 2 * kRows && kWidthStep == kSplit * kInputs, "there are two tiles, and whole stages");
 constexpr int kColumns[] = {192, 160, 144, 128, 96, 64};  // of a cluster, for which there are kernels
 
+// Bytes of the next weights that a product asks for when it ends, as many as memory brings until what follows it reads: the norm
+// behind out_proj; behind in_proj the scan, or soon x_proj, which is the sooner at work the fewer rows there are. With two tiles
+// of rows memory is not idle then (samples/results/step.txt, 131).
+constexpr int64_t kAsked = 4 << 20;
+int64_t asked_by_out_proj(const MambaModel& c) { return c.batch <= kRows ? kAsked : 0; }
+int64_t asked_by_in_proj(const MambaModel& c) {
+    const bool soon = !is_mamba2(c) && c.batch <= kRows / 2;
+    return asked_by_out_proj(c) * (soon ? 1 : 2);
+}
+
 // The columns with which the fullest multiprocessor reads the fewest weights; of several, the most.
 int columns_of(int outputs, int parts, const Device& device) {
     const auto cost = [&](int columns) {
@@ -40,6 +50,12 @@ int columns_of(int outputs, int parts, const Device& device) {
         return ceil_div(clusters, std::max(device.multiprocessors / kSplit, 1)) * columns;
     };
     return *std::min_element(kColumns, std::end(kColumns), [&](int a, int b) { return cost(a) < cost(b); });
+}
+
+// The first bytes of weights [inputs, outputs], which a product will read in so many parts of its inputs.
+rows::Next next_of(const void* weights, int inputs, int outputs, int parts, int64_t bytes) {
+    const int64_t part = int64_t{2} * inputs / parts * outputs;
+    return {static_cast<const char*>(weights), part, parts, static_cast<int32_t>(std::min(bytes / parts, part))};
 }
 
 template <typename T, int COLUMNS, int TILES>
@@ -61,6 +77,7 @@ cudaError_t start(Product p, int parts, int32_t dtype, cudaStream_t stream) {
     const cudaError_t error = allow_shared(kernel, bytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, COLUMNS) * kSplit), parts);
+    p.next.asked = p.next.asked / static_cast<int32_t>(grid.x * grid.y * Own::kMultiply / p.next.parts) / 16 * 16;
     return launch_early(kernel, grid, dim3(rows::kThreads), bytes, kSplit, true, stream, p);
 }
 
@@ -110,14 +127,17 @@ bool is_rows(const MambaModel& c) {
 cudaError_t rows_in_proj(const MambaModel& c, const MambaLayer& l, const void* x, void* y, cudaStream_t stream) {
     Product p{};
     p.a = linear_of(c, l, x, y);
+    p.next = next_of(l.out_proj, c.inner, c.width, kSums * kSplit, asked_by_in_proj(c));
     return start(p, 1, c.dtype, stream);
 }
 
-cudaError_t rows_out_proj(const MambaModel& c, const MambaLayer& l, const void* x, float* sums, cudaStream_t stream) {
+cudaError_t rows_out_proj(const MambaModel& c, int layer, const void* x, float* sums, cudaStream_t stream) {
     Product p{};
     step::Linear& a = p.a;
-    a.batch = c.batch, a.inputs = a.x_stride = c.inner, a.outputs = c.width, a.x = x, a.weight = l.out_proj;
+    a.batch = c.batch, a.inputs = a.x_stride = c.inner, a.outputs = c.width, a.x = x, a.weight = c.each[layer].out_proj;
     p.sums = sums;
+    const bool last = layer + 1 == c.layers;
+    p.next = next_of(last ? nullptr : c.each[layer + 1].in_proj, c.width, c.outputs, kSplit, last ? 0 : asked_by_out_proj(c));
     return start(p, kSums, c.dtype, stream);
 }
 
@@ -127,7 +147,7 @@ bool is_rows(const MambaModel&) { return false; }
 cudaError_t rows_in_proj(const MambaModel&, const MambaLayer&, const void*, void*, cudaStream_t) {
     return cudaErrorNotSupported;
 }
-cudaError_t rows_out_proj(const MambaModel&, const MambaLayer&, const void*, float*, cudaStream_t) {
+cudaError_t rows_out_proj(const MambaModel&, int, const void*, float*, cudaStream_t) {
     return cudaErrorNotSupported;
 }
 

@@ -31,7 +31,8 @@ constexpr bool kIsHalf<__half> = true;
 template <int COLUMNS, int TILES>
 struct Tile {
     static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64, kWeights = 2 * kInputs * COLUMNS;
-    static constexpr int kPitch = COLUMNS + 8;  // floats, of a row of sums
+    static constexpr int kPitch = COLUMNS + 8;    // floats, of a row of sums
+    static constexpr int kMultiply = 4 * TILES;   // warps that do
     // In shared memory: the barriers, those of the ring's slots first; then the ring, of stages of x and weights.
     static constexpr int kRing = 1024;
     static constexpr int kFew = (kShared - kRing) / (kWeights + TILES * kBox);  // slots for all rows of a tile
@@ -54,10 +55,19 @@ struct Tile {
     static __device__ int ahead(int batch) { return COLUMNS > 128 || batch > kRows / 2 ? 2 : 3; }
 };
 
+// Of the product after this one: the parts that its inputs are split into, weights of a part, and of these the first bytes that
+// a warp asks the L2 cache for.
+struct Next {
+    const char* weights;
+    int64_t part;  // bytes
+    int32_t parts, asked;
+};
+
 struct Product {
     TensorMap x, weight, rest;  // in boxes; rest: of the columns left over
     step::Linear a;
     int32_t stages, slots;  // of a block; of the ring
+    Next next;
     float* sums;  // [parts, rows, outputs] of as many inputs each, gridDim.y parts; or null: y, and what stands around it
 };
 
@@ -146,14 +156,14 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], uint32_t x, uint32_t
 
 // Stages behind the first of each slot, when that is done with.
 template <typename Bring>
-__device__ __forceinline__ void bring_again(uint32_t bars, int slots, int stages, Bring&& bring) {
+__device__ __forceinline__ void bring_again(const Product& p, uint32_t bars, Bring&& bring) {
     int slot = 0;
     uint32_t parity = 0;
 #pragma unroll 1
-    for (int s = slots; s < stages; s++) {
+    for (int s = p.slots; s < p.stages; s++) {
         bar_wait(bars + kBarBytes * slot + 16, parity);
         bring(slot, s);
-        if (++slot == slots) slot = 0, parity ^= 1;
+        if (++slot == p.slots) slot = 0, parity ^= 1;
     }
 }
 
@@ -171,7 +181,7 @@ struct Weights {
     using Own = Tile<COLUMNS, TILES>;
     const Product& p;
     uint32_t ring, bars;
-    int column, input, stages;
+    int column, input;
 
     __device__ __forceinline__ void bring(int slot, int s) const {
         const uint32_t to = ring + slot * Own::stage(p.a.batch) + Own::x_bytes(p.a.batch), bar = bars + kBarBytes * slot;
@@ -184,7 +194,7 @@ struct Weights {
     }
     // The first, as many as it says.
     __device__ __forceinline__ int begin() const {
-        const int count = min(stages, Own::ahead(p.a.batch));
+        const int count = min(p.stages, Own::ahead(p.a.batch));
 #pragma unroll 1
         for (int s = 0; s < count; s++) bring(s, s);
         return count;
@@ -193,18 +203,18 @@ struct Weights {
     __device__ __forceinline__ void run(int first, uint32_t ended) const {
         const int ahead = Own::ahead(p.a.batch);
 #pragma unroll 1
-        for (int s = first; s < min(stages, p.slots); s++) {
+        for (int s = first; s < min(p.stages, p.slots); s++) {
             while (s >= ahead && !bar_is_over(bars + kBarBytes * (s - ahead), 0) && !bar_is_over(ended, 0)) {}
             bring(s, s);
         }
-        bring_again(bars, p.slots, stages, [&](int slot, int s) { bring(slot, s); });
+        bring_again(p, bars, [&](int slot, int s) { bring(slot, s); });
     }
 };
 
 // The lane that brings x.
 template <int COLUMNS, int TILES>
 __device__ __forceinline__ void bring_x(
-    const Product& p, uint32_t ring, uint32_t bars, uint32_t ended, int input, int stages) {
+    const Product& p, uint32_t ring, uint32_t bars, uint32_t ended, int input) {
     using Own = Tile<COLUMNS, TILES>;
     const int stage = Own::stage(p.a.batch), bytes = Own::x_bytes(p.a.batch);
     const auto bring = [&](int slot, int s) {
@@ -215,14 +225,14 @@ __device__ __forceinline__ void bring_x(
     };
     wait_for_previous();
     bar_arrive(ended);
-    for (int s = 0; s < min(stages, p.slots); s++) bring(s, s);
-    bring_again(bars, p.slots, stages, bring);
+    for (int s = 0; s < min(p.stages, p.slots); s++) bring(s, s);
+    bring_again(p, bars, bring);
 }
 
 // A warpgroup's 64 rows: their sums to the blocks that finish them.
 template <typename T, int COLUMNS, int TILES>
 __device__ __forceinline__ void multiply_rows(
-    const Product& p, uint32_t ring, uint32_t bars, int tile, int stages, float (&sums)[COLUMNS / 2]) {
+    const Product& p, uint32_t ring, uint32_t bars, int tile, float (&sums)[COLUMNS / 2]) {
     using Own = Tile<COLUMNS, TILES>;
     float whole[32 * Own::kWhole] = {}, rest[Own::kRest > 0 ? Own::kRest / 2 : 8] = {};
     // Without the bits that say which block of the cluster it is: they would fall into the distances.
@@ -234,7 +244,7 @@ __device__ __forceinline__ void multiply_rows(
         if (threadIdx.x % 32 == 0) bar_arrive(bars + kBarBytes * of + 16);
     };
 #pragma unroll 1
-    for (int s = 0; s < stages; s++) {
+    for (int s = 0; s < p.stages; s++) {
         bar_wait(bars + kBarBytes * slot, parity);
         bar_wait(bars + kBarBytes * slot + 8, parity);
         products_begin();
@@ -283,6 +293,25 @@ __device__ __forceinline__ Pack<float, 4> get_quad(const float* row, int quad) {
     const Pack<float, 2> first = load<float, 2>(from), second = load<float, 2>(from + 4);
     return {first.v[0], first.v[1], second.v[0], second.v[1]};
 }
+
+// A lane's share of what is asked for of the next product's weights. Found before the products, for asking when they end is
+// then one instruction: memory has nothing to do from then on until what follows reads (samples/results/step.txt, 130).
+struct Ask {
+    const char* from;
+    int bytes;
+
+    // Of a warp's first lane, of so many warps of a block.
+    __device__ __forceinline__ Ask(const Next& next, int warps) {
+        const int block = blockIdx.y * gridDim.x + blockIdx.x, own = block * warps + static_cast<int>(threadIdx.x) / 32;
+        from = next.weights + own % next.parts * next.part + own / next.parts * int64_t{next.asked};
+        bytes = threadIdx.x % 32 == 0 ? next.asked : 0;
+        asm volatile("" : "+l"(from), "+r"(bytes));  // now
+    }
+    __device__ __forceinline__ void ask() const {
+        if (bytes > 0) ask_for_line(from, bytes);
+        __syncwarp();
+    }
+};
 
 // What a thread does with sums that have met: `results` of both blocks, of four columns.
 template <typename T, int PITCH, int AT_ONCE>
@@ -345,12 +374,12 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     if (p.sums != nullptr) let_next_start();  // a norm, which has room beside it
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % kSplit;
     const int share = (a.batch + kSplit - 1) / kSplit, first = rank * share, until = min(share, a.batch - first);
-    const int column = blockIdx.x / kSplit * COLUMNS, stages = p.stages, inputs = stages * kInputs;
-    constexpr int kMultiply = 4 * TILES;  // warps
+    const int column = blockIdx.x / kSplit * COLUMNS, inputs = p.stages * kInputs;
+    constexpr int kMultiply = Own::kMultiply;
     const int input = (blockIdx.y * kSplit + rank) * inputs;
-    const Weights<COLUMNS, TILES> weights{p, ring, first_bar, column, input, stages};
+    const Weights<COLUMNS, TILES> weights{p, ring, first_bar, column, input};
     // At once, but for an in_proj whose stages all have room: those are in time anyway, and in the way of what still runs.
-    const bool at_once = p.sums != nullptr || stages > p.slots;
+    const bool at_once = p.sums != nullptr || p.stages > p.slots;
     int brought = 0;
     if (lane == 0) {
         if (warp == kWarps - 1) {
@@ -366,7 +395,7 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     }
     __syncthreads();
     if (warp >= kWarps - 2) {
-        if (lane == 0 && warp == kWarps - 2) bring_x<COLUMNS, TILES>(p, ring, first_bar, ended, input, stages);
+        if (lane == 0 && warp == kWarps - 2) bring_x<COLUMNS, TILES>(p, ring, first_bar, ended, input);
         if (lane == 0 && warp == kWarps - 1) weights.run(brought, ended);
         __syncwarp();
     }
@@ -401,8 +430,11 @@ __global__ void __launch_bounds__(Tile<COLUMNS, TILES>::kSharing, 1)
     float* const results = reinterpret_cast<float*>(shared + Own::kRing);  // [kSplit, share, kPitch], in the ring's place
     if (warp < kMultiply) {
         float sums[COLUMNS / 2];
-        multiply_rows<T, COLUMNS, TILES>(p, ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), stages, sums);
-        cluster_meet();
+        const Ask next(p.next, kMultiply);
+        multiply_rows<T, COLUMNS, TILES>(p, ring, first_bar, TILES == 1 ? 0 : shared_by_warp(warp / 4), sums);
+        cluster_arrive();
+        next.ask();
+        cluster_wait();
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = 16 * warp + lane / 4 + 8 * half, block = row < share ? 0 : 1;

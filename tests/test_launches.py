@@ -761,6 +761,30 @@ def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
             assert launches.workspace_bytes("model", call) == workspace(ctypes.byref(call))
 
 
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    ("batch", "of_mamba", "of_mamba2"), [(3, 4, 8), (32, 4, 8), (33, 8, 8), (64, 8, 8), (65, 0, 0)]
+)
+def test_what_products_ask_the_l2_cache_for(library, name, batch, of_mamba, of_mamba2):
+    """The first of each part of the next product's weights: no byte of others, none twice, as many MiB as are said."""
+    call = a_token(name, random.Random(name), batch=batch, dtype=1)
+    planned = compare(library, call, of_driver(library, DEVICES[0]._replace(multiprocessors=132)))
+    products = [p for p in planned if isinstance(p, Launch) and p.source == "rows_product.cuh"]
+    following = [*(w for layer in call.kept for w in (layer.in_proj, layer.out_proj)), 0][1:]
+    for i, (launch, weights) in enumerate(zip(products, following, strict=True)):
+        asked = launch.arguments[0].next
+        inputs, outputs = (call.width, call.outputs) if i % 2 else (call.inner, call.width)
+        wanted = (min(4, of_mamba) if i % 2 else of_mamba2 if call.heads else of_mamba) << 20
+        assert (asked.weights or 0) == weights
+        assert asked.parts == (2 if i % 2 else 8)
+        assert asked.part * asked.parts == 2 * inputs * outputs
+        assert asked.asked % 16 == 0
+        shares = math.prod(launch.grid) * (4 if batch <= 64 else 8) // asked.parts  # of a part, one after the other
+        assert shares * asked.asked <= asked.part
+        whole = min(wanted, 2 * inputs * outputs) if weights else 0
+        assert whole * 0.99 <= shares * asked.asked * asked.parts <= whole
+
+
 @pytest.mark.parametrize("name", ["mamba-1.4b", "mamba2-1.3b"])
 @pytest.mark.parametrize(
     "changed",
