@@ -57,9 +57,8 @@ def is_rows(c: Any, device: Device) -> bool:
 
 def in_proj(c: Any, layer: Any, x: int, y: int, device: Device) -> Launch:
     """As ``rows_in_proj`` in C++."""
-    soon = not c.heads and c.batch <= _ROWS // 2  # what follows reads
-    after = _next(layer.out_proj, c.inner, c.width, SUMS * _SPLIT, _asked(c) * (1 if soon else 2))
-    return _launch(_in_proj(c, layer, x, y), None, after, 1, c.dtype, device)
+    after = _next(layer.out_proj, c.inner, c.width, SUMS * _SPLIT)
+    return _launch(_in_proj(c, layer, x, y), None, after, _asked_by_in_proj(c), 1, c.dtype, device)
 
 
 def out_proj(c: Any, i: int, x: int, sums: int, device: Device) -> Launch:
@@ -67,18 +66,22 @@ def out_proj(c: Any, i: int, x: int, sums: int, device: Device) -> Launch:
     layers = (MambaLayer * c.layers).from_address(c.each)
     a = Linear(c.batch, c.inner, c.width, c.inner, x=x, weight=layers[i].out_proj)
     last = i + 1 == c.layers
-    weights, asked = (None, 0) if last else (layers[i + 1].in_proj, _asked(c))
-    return _launch(a, sums, _next(weights, c.width, c.outputs, _SPLIT, asked), SUMS, c.dtype, device)
+    after = _next(None if last else layers[i + 1].in_proj, c.width, c.outputs, _SPLIT)
+    return _launch(a, sums, after, 0 if last else _asked_by_out_proj(c), SUMS, c.dtype, device)
 
 
-def _asked(c: Any) -> int:
+def _asked_by_out_proj(c: Any) -> int:
     return _ASKED if c.batch <= _ROWS else 0
 
 
-def _next(weights: int | None, inputs: int, outputs: int, parts: int, size: int) -> _Next:
-    """The first bytes of weights [inputs, outputs], which a product will read in so many parts of its inputs."""
-    part = 2 * inputs // parts * outputs
-    return _Next(weights, part, parts, min(size // parts, part))
+def _asked_by_in_proj(c: Any) -> int:
+    soon = not c.heads and c.batch <= _ROWS // 2
+    return _asked_by_out_proj(c) * (1 if soon else 2)
+
+
+def _next(weights: int | None, inputs: int, outputs: int, parts: int) -> _Next:
+    """Weights [inputs, outputs], which a product will read in so many parts of its inputs."""
+    return _Next(weights, 2 * inputs // parts * outputs, parts)
 
 
 def _in_proj(c: Any, layer: Any, x: int, y: int) -> Linear:
@@ -94,7 +97,8 @@ def _columns(outputs: int, parts: int, multiprocessors: int) -> int:
     return min(_COLUMNS, key=lambda columns: ceil_div(ceil_div(outputs, columns) * parts, room) * columns)
 
 
-def _launch(a: Linear, sums: int | None, after: _Next, parts: int, dtype: int, device: Device) -> Launch:
+def _launch(a: Linear, sums: int | None, after: _Next, asked: int, parts: int, dtype: int, device: Device) -> Launch:
+    """asked: bytes of the next weights."""
     columns, tiles = _columns(a.outputs, parts, device.multiprocessors), 1 if a.batch <= _ROWS else 2
     rest = columns % _BOX_COLUMNS
     encode: Any = device.encode_map  # which is_rows asks for
@@ -108,7 +112,8 @@ def _launch(a: Linear, sums: int | None, after: _Next, parts: int, dtype: int, d
     x = encoded(encode, dtype, a.x, (a.inputs, a.batch), (_INPUTS, box_rows))
     maps = x, weights(_BOX_COLUMNS), weights(rest) if rest else TensorMap()
     grid = (ceil_div(a.outputs, columns) * _SPLIT, parts)
-    after.asked = after.asked // (math.prod(grid) * 4 * tiles // after.parts) // 16 * 16  # of each warp that multiplies
+    warps = math.prod(grid) * 4 * tiles // after.parts  # that share a part's
+    after.asked = min(asked // after.parts, after.part) // warps // 16 * 16
     p = _Product(*maps, a, a.inputs // (_SPLIT * parts * _INPUTS), slots, after, sums)
     name = kernel_name("rows", "rows_kernel", TYPES[dtype], columns, tiles)
     return Launch("rows_product.cuh", name, grid, (_THREADS,), _RING + slots * stage, (p,), _SPLIT)

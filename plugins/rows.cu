@@ -52,14 +52,14 @@ int columns_of(int outputs, int parts, const Device& device) {
     return *std::min_element(kColumns, std::end(kColumns), [&](int a, int b) { return cost(a) < cost(b); });
 }
 
-// The first bytes of weights [inputs, outputs], which a product will read in so many parts of its inputs.
-rows::Next next_of(const void* weights, int inputs, int outputs, int parts, int64_t bytes) {
-    const int64_t part = int64_t{2} * inputs / parts * outputs;
-    return {static_cast<const char*>(weights), part, parts, static_cast<int32_t>(std::min(bytes / parts, part))};
+// Weights [inputs, outputs], which a product will read in so many parts of its inputs; start() says how much a warp asks for.
+rows::Next next_of(const void* weights, int inputs, int outputs, int parts) {
+    return {static_cast<const char*>(weights), int64_t{2} * inputs / parts * outputs, parts, 0};
 }
 
+// asked: bytes of the next weights.
 template <typename T, int COLUMNS, int TILES>
-cudaError_t start(Product p, int parts, int32_t dtype, cudaStream_t stream) {
+cudaError_t start(Product p, int parts, int64_t asked, int32_t dtype, cudaStream_t stream) {
     using Own = Tile<COLUMNS, TILES>;
     const auto kernel = rows::rows_kernel<T, COLUMNS, TILES>;
     const step::Linear& a = p.a;
@@ -77,31 +77,32 @@ cudaError_t start(Product p, int parts, int32_t dtype, cudaStream_t stream) {
     const cudaError_t error = allow_shared(kernel, bytes);
     if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(ceil_div(a.outputs, COLUMNS) * kSplit), parts);
-    p.next.asked = p.next.asked / static_cast<int32_t>(grid.x * grid.y * Own::kMultiply / p.next.parts) / 16 * 16;
+    const int64_t warps = grid.x * grid.y * Own::kMultiply / p.next.parts;  // that share a part's
+    p.next.asked = static_cast<int32_t>(std::min(asked / p.next.parts, p.next.part) / warps / 16 * 16);
     return launch_early(kernel, grid, dim3(rows::kThreads), bytes, kSplit, true, stream, p);
 }
 
 template <typename T, int TILES>
-cudaError_t start(const Product& p, int parts, int columns, int32_t dtype, cudaStream_t stream) {
+cudaError_t start(const Product& p, int parts, int64_t asked, int columns, int32_t dtype, cudaStream_t stream) {
     switch (columns) {
-        case 64: return start<T, 64, TILES>(p, parts, dtype, stream);
-        case 96: return start<T, 96, TILES>(p, parts, dtype, stream);
-        case 128: return start<T, 128, TILES>(p, parts, dtype, stream);
-        case 144: return start<T, 144, TILES>(p, parts, dtype, stream);
-        case 160: return start<T, 160, TILES>(p, parts, dtype, stream);
-        default: return start<T, 192, TILES>(p, parts, dtype, stream);
+        case 64: return start<T, 64, TILES>(p, parts, asked, dtype, stream);
+        case 96: return start<T, 96, TILES>(p, parts, asked, dtype, stream);
+        case 128: return start<T, 128, TILES>(p, parts, asked, dtype, stream);
+        case 144: return start<T, 144, TILES>(p, parts, asked, dtype, stream);
+        case 160: return start<T, 160, TILES>(p, parts, asked, dtype, stream);
+        default: return start<T, 192, TILES>(p, parts, asked, dtype, stream);
     }
 }
 
-cudaError_t start(const Product& p, int parts, int32_t dtype, cudaStream_t stream) {
+cudaError_t start(const Product& p, int parts, int64_t asked, int32_t dtype, cudaStream_t stream) {
     Device device;
     const cudaError_t error = device.read(rows::rows_kernel<__half, 64, 1>);
     if (error != cudaSuccess) return error;
     const int columns = columns_of(p.a.outputs, parts, device);
     const auto run = [&](auto t) {
         using T = decltype(t);
-        return p.a.batch <= kRows ? start<T, 1>(p, parts, columns, dtype, stream)
-                                  : start<T, 2>(p, parts, columns, dtype, stream);
+        return p.a.batch <= kRows ? start<T, 1>(p, parts, asked, columns, dtype, stream)
+                                  : start<T, 2>(p, parts, asked, columns, dtype, stream);
     };
     return dtype == MAMBA_FLOAT16 ? run(__half{}) : run(__nv_bfloat16{});
 }
@@ -127,8 +128,8 @@ bool is_rows(const MambaModel& c) {
 cudaError_t rows_in_proj(const MambaModel& c, const MambaLayer& l, const void* x, void* y, cudaStream_t stream) {
     Product p{};
     p.a = linear_of(c, l, x, y);
-    p.next = next_of(l.out_proj, c.inner, c.width, kSums * kSplit, asked_by_in_proj(c));
-    return start(p, 1, c.dtype, stream);
+    p.next = next_of(l.out_proj, c.inner, c.width, kSums * kSplit);
+    return start(p, 1, asked_by_in_proj(c), c.dtype, stream);
 }
 
 cudaError_t rows_out_proj(const MambaModel& c, int layer, const void* x, float* sums, cudaStream_t stream) {
@@ -137,8 +138,8 @@ cudaError_t rows_out_proj(const MambaModel& c, int layer, const void* x, float* 
     a.batch = c.batch, a.inputs = a.x_stride = c.inner, a.outputs = c.width, a.x = x, a.weight = c.each[layer].out_proj;
     p.sums = sums;
     const bool last = layer + 1 == c.layers;
-    p.next = next_of(last ? nullptr : c.each[layer + 1].in_proj, c.width, c.outputs, kSplit, last ? 0 : asked_by_out_proj(c));
-    return start(p, kSums, c.dtype, stream);
+    p.next = next_of(last ? nullptr : c.each[layer + 1].in_proj, c.width, c.outputs, kSplit);
+    return start(p, kSums, last ? 0 : asked_by_out_proj(c), c.dtype, stream);
 }
 
 #else

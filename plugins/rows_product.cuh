@@ -31,8 +31,8 @@ constexpr bool kIsHalf<__half> = true;
 template <int COLUMNS, int TILES>
 struct Tile {
     static constexpr int kWhole = COLUMNS / 64, kRest = COLUMNS % 64, kWeights = 2 * kInputs * COLUMNS;
-    static constexpr int kPitch = COLUMNS + 8;    // floats, of a row of sums
-    static constexpr int kMultiply = 4 * TILES;   // warps that do
+    static constexpr int kPitch = COLUMNS + 8;   // floats, of a row of sums
+    static constexpr int kMultiply = 4 * TILES;  // warps that multiply
     // In shared memory: the barriers, those of the ring's slots first; then the ring, of stages of x and weights.
     static constexpr int kRing = 1024;
     static constexpr int kFew = (kShared - kRing) / (kWeights + TILES * kBox);  // slots for all rows of a tile

@@ -736,8 +736,12 @@ ROWS = {
 }
 
 
+def products_of_rows(planned: list[Any]) -> list[Launch]:
+    return [p for p in planned if isinstance(p, Launch) and p.source == "rows_product.cuh"]
+
+
 def of_rows(planned: list[Any]) -> list[str]:
-    return [p.kernel for p in planned if isinstance(p, Launch) and p.source == "rows_product.cuh"]
+    return [p.kernel for p in products_of_rows(planned)]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -769,7 +773,7 @@ def test_what_products_ask_the_l2_cache_for(library, name, batch, of_mamba, of_m
     """The first of each part of the next product's weights: no byte of others, none twice, as many MiB as are said."""
     call = a_token(name, random.Random(name), batch=batch, dtype=1)
     planned = compare(library, call, of_driver(library, DEVICES[0]._replace(multiprocessors=132)))
-    products = [p for p in planned if isinstance(p, Launch) and p.source == "rows_product.cuh"]
+    products = products_of_rows(planned)
     following = [*(w for layer in call.kept for w in (layer.in_proj, layer.out_proj)), 0][1:]
     for i, (launch, weights) in enumerate(zip(products, following, strict=True)):
         asked = launch.arguments[0].next
