@@ -90,6 +90,12 @@ __device__ __forceinline__ uint32_t address_in(int block, uint32_t address) {
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
     return there;
 }
+template <typename V>
+__device__ __forceinline__ V* address_in(int block, V* own) {
+    V* there;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(block));
+    return there;
+}
 __device__ __forceinline__ void send_pair(uint32_t there, uint32_t bar_there, float first, float second) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%2, %3}, [%1];"
                  : : "r"(there), "r"(bar_there), "f"(first), "f"(second) : "memory");

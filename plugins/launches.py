@@ -49,8 +49,11 @@ def last_token(call: Any, workspace: int, device: Device) -> list[Launch]:
 
 def sample_token(call: Any, workspace: int, device: Device) -> list[Launch]:
     """As the launcher in ``sample_token.cu``: call is its struct; workspace is not used."""
-    name = kernel_name("sample", "sample_token_kernel", call.temperature == 0)
-    return [Launch("sample_token.cu", name, (min(call.batch, MAX_GRID_Y),), (1024,), 0, (call,))]
+    room = device.multiprocessors // call.batch if device.major >= 9 else 1
+    blocks = next((count for count in (8, 4, 2) if room >= count), 1)  # of a row
+    name = kernel_name("sample", "sample_token_kernel", blocks, call.temperature == 0)
+    threads = 1024 if blocks == 1 else 512
+    return [Launch("sample_token.cu", name, (call.batch * blocks,), (threads,), 0, (call,), blocks)]
 
 
 def workspace_bytes(op: str, call: Any) -> int:

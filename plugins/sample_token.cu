@@ -1,37 +1,45 @@
-// MambaSampleToken: picks each row's next token as runtime/sampling.py does on the CPU. One block a row.
+// MambaSampleToken: picks each row's next token as runtime/sampling.py does on the CPU.
 //
 // A weight, exp((logit - highest) / temperature), is a 64-bit integer in units of 2^-43. Sums of integers are exact, so
 // no answer depends on the order of the threads, and every GPU draws the same tokens. The exponential is float32, which
 // moves a boundary of the draw by 1e-8 or so; double is 32 to 64 times as slow on most GPUs. Top-k and top-p find the
 // lowest logit that is kept by its bits, 11, 11 and 10 at a time, from histograms of how much has which.
-#ifndef MAMBA_KERNELS_ONLY
-#include <algorithm>
-#endif
-
-#include "common.cuh"
+//
+// BLOCKS blocks share a row: one, or a cluster, which finds what it needs of the whole row from each block's sums, all
+// blocks the same.
+#include "bulk_copy.cuh"
+#include "step_common.cuh"
 
 namespace mamba {
 namespace sample {
 
 using Sum = unsigned long long;
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kMaxVocab = 1 << 20;
 constexpr int kUnit = 43;  // kMaxVocab weights of at most 2^kUnit add up to 2^63
 constexpr float kOne = static_cast<float>(1ll << kUnit);
-constexpr int kBins = 2 * kThreads;
+constexpr int kBins = 2048, kGroups = kBins / 32;
 constexpr int kAhead = 4;  // loads of a thread in flight
+constexpr int kNear = 8;   // neighbours whose masses a lane finds, where one of a warp's is drawn
 constexpr unsigned kAll = 0xffffffffu;
+constexpr Sum kNone = ~Sum{0};  // a row that is not finite
 
+constexpr int threads_of(int blocks) { return blocks == 1 ? 1024 : 512; }
+
+template <int BLOCKS>
 struct Shared {
-    Sum sums[kWarps];
-    Sum left, equal;  // of select
+    static constexpr int kThreads = threads_of(BLOCKS), kWarps = kThreads / 32;
+    Sum highest[BLOCKS * kWarps], sums[BLOCKS * kWarps];  // of each warp of all blocks
+    Sum left, equal;                                      // of select
     Sum uniform;
     int bin, id;
 };
 
+// How much has which of kBins digits; and of each block, the sums of 32 neighbouring ones, highest first.
+template <int BLOCKS>
 struct Histogram {
     unsigned low[kBins], high[kBins];
+    Sum groups[BLOCKS][kGroups];
 
     __device__ __forceinline__ void add(unsigned bin, unsigned count) { atomicAdd(&low[bin], count); }
     // GPUs add 32 bits at once in shared memory, and 64 bits in a loop.
@@ -42,7 +50,7 @@ struct Histogram {
         const unsigned rest = static_cast<unsigned>(weight >> 32) + carry;
         if (rest != 0) atomicAdd(&high[bin], rest);
     }
-    __device__ __forceinline__ Sum operator[](unsigned bin) const { return Sum{high[bin]} << 32 | low[bin]; }
+    __device__ __forceinline__ Sum operator[](int bin) const { return Sum{high[bin]} << 32 | low[bin]; }
 };
 
 // --- a row of logits -----------------------------------------------------------------------------------------------
@@ -57,56 +65,48 @@ __device__ __forceinline__ float logit_of(unsigned key) {
     return __uint_as_float(key ^ (key >> 31 != 0 ? 0x80000000u : kAll));
 }
 
-// The ids of one warp, in loads of 16 bytes: where the row is not aligned to them the first begins before it.
+// The ids of one warp of `count` that share a row, in loads of 16 bytes: where the row is not aligned to them the first
+// begins before it.
 struct Row {
     const float* logits;
     int begin, end;
 
-    __device__ Row(const float* given, int vocab) : logits(given) {
+    __device__ Row(const float* given, int vocab, int warp, int count) : logits(given) {
         const int before = static_cast<int>(reinterpret_cast<uintptr_t>(given) / sizeof(float) % 4);
-        const int length = (vocab + before - 1) / (128 * kWarps) * 128 + 128;
-        begin = static_cast<int>(threadIdx.x / 32) * length - before;
+        const int length = (vocab + before - 1) / (128 * count) * 128 + 128;
+        begin = warp * length - before;
         end = min(begin + length, vocab);
     }
 
     __device__ __forceinline__ bool has(int id) const { return id >= 0 && id < end; }
 
-    __device__ __forceinline__ void load(int id, float (&out)[4]) const {
-        if (id >= 0 && id + 4 <= end) {
-            const float4 four = __ldg(reinterpret_cast<const float4*>(logits + id));
-            out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; j++) out[j] = has(id + j) ? __ldg(logits + id + j) : 0.0f;
-        }
+    // Four, 0 for those that are not the warp's.
+    __device__ __forceinline__ float4 load(int id) const {
+        if (id >= 0 && id + 4 <= end) return __ldg(reinterpret_cast<const float4*>(logits + id));
+        const auto one = [&](int j) { return has(id + j) ? __ldg(logits + id + j) : 0.0f; };
+        return make_float4(one(0), one(1), one(2), one(3));
     }
 
     // Calls use(logit, id), for a thread in ascending order of the ids.
     template <typename Use>
     __device__ __forceinline__ void each(Use&& use) const {
-        int first = begin + static_cast<int>(threadIdx.x % 32) * 4;
-        for (; first >= 0 && first + 128 * kAhead <= end; first += 128 * kAhead) {  // has() all of them
+        int id = begin + static_cast<int>(threadIdx.x % 32) * 4;
+        for (; id >= 0 && id + 128 * (kAhead - 1) + 4 <= end; id += 128 * kAhead) {  // has() all of them
             float4 four[kAhead];
 #pragma unroll
-            for (int i = 0; i < kAhead; i++) four[i] = __ldg(reinterpret_cast<const float4*>(logits + first + 128 * i));
+            for (int i = 0; i < kAhead; i++) four[i] = __ldg(reinterpret_cast<const float4*>(logits + id + 128 * i));
 #pragma unroll
             for (int i = 0; i < kAhead; i++) {
-                const int id = first + 128 * i;
-                use(four[i].x, id), use(four[i].y, id + 1), use(four[i].z, id + 2), use(four[i].w, id + 3);
+                const int at = id + 128 * i;
+                use(four[i].x, at), use(four[i].y, at + 1), use(four[i].z, at + 2), use(four[i].w, at + 3);
             }
         }
-        for (; first < end; first += 128 * kAhead) {
-            float four[kAhead][4];
-#pragma unroll
-            for (int i = 0; i < kAhead; i++) load(first + 128 * i, four[i]);
-#pragma unroll
-            for (int i = 0; i < kAhead; i++) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int id = first + 128 * i + j;
-                    if (has(id)) use(four[i][j], id);
-                }
-            }
+        for (; id < end; id += 128) {
+            const float4 four = load(id);
+            if (has(id)) use(four.x, id);
+            if (has(id + 1)) use(four.y, id + 1);
+            if (has(id + 2)) use(four.z, id + 2);
+            if (has(id + 3)) use(four.w, id + 3);
         }
     }
 };
@@ -132,14 +132,14 @@ struct Weights {
         p = fmaf(p, f, 5.5503562e-2f);
         p = fmaf(p, f, 2.402265e-1f);
         p = fmaf(p, f, 6.931472e-1f);
-        const long long more = static_cast<long long>(__fmul_rn(p, f) * kOne);
-        return static_cast<Sum>((1ll << kUnit) + more) >> static_cast<int>(-whole);
+        const int near_one = (1 << 30) + static_cast<int>(__fmul_rn(p, f) * 0x1p30f);  // 2^f in units of 2^-30
+        return static_cast<Sum>(near_one) << (kUnit - 30) >> static_cast<int>(-whole);
     }
 };
 
-// --- of a whole block ----------------------------------------------------------------------------------------------
+// --- of a warp -----------------------------------------------------------------------------------------------------
 
-// The sum over the threads up to this one.
+// The sum over the lanes up to this one.
 __device__ __forceinline__ Sum scan_warp(Sum value) {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -149,18 +149,88 @@ __device__ __forceinline__ Sum scan_warp(Sum value) {
     return value;
 }
 
-__device__ __forceinline__ Sum scan_block(Sum value, Shared& shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    value = scan_warp(value);
-    if (lane == 31) shared.sums[warp] = value;
-    __syncthreads();
-    if (warp == 0) shared.sums[lane] = scan_warp(shared.sums[lane]);
-    __syncthreads();
-    return warp == 0 ? value : value + shared.sums[warp - 1];
+__device__ __forceinline__ Sum sum_warp(Sum value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAll, value, step);
+    return value;
 }
 
-// The greatest logit in the high half, and in the low half ~id of the first that has it; 0 where one is not finite.
-__device__ Sum find_highest(const Row& row, Shared& shared) {
+__device__ __forceinline__ Sum max_warp(Sum value) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value = max(value, __shfl_xor_sync(kAll, value, step));
+    return value;
+}
+
+// The first of a warp's values, COUNT a lane, with which their sum exceeds `left`, from which those before it are taken;
+// -1 where it does not, and all are taken.
+template <int COUNT>
+__device__ int find(const Sum (&values)[COUNT], Sum& left) {
+    Sum sum = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sum += values[i];
+    const Sum upto = scan_warp(sum);
+    const unsigned past = __ballot_sync(kAll, upto > left);
+    const int lane = past == 0 ? 31 : __ffs(static_cast<int>(past)) - 1;
+    Sum before = past == 0 ? upto : upto - sum;
+    int at = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT - 1; i++) {
+        if (past != 0 && at == i && before + values[i] <= left) before += values[i], at++;
+    }
+    left -= __shfl_sync(kAll, before, lane);
+    at = __shfl_sync(kAll, at, lane);
+    return past == 0 ? -1 : lane * COUNT + at;
+}
+
+// --- of the blocks that share a row --------------------------------------------------------------------------------
+
+// Two halves of a barrier, for no block may write into another that has not begun.
+template <int BLOCKS>
+__device__ __forceinline__ void has_begun() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) cluster_arrive();
+#endif
+}
+template <int BLOCKS>
+__device__ __forceinline__ void all_have_begun() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) cluster_wait();
+#endif
+}
+
+// __syncthreads() for all of them.
+template <int BLOCKS>
+__device__ __forceinline__ void meet() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) return cluster_barrier();
+#endif
+    __syncthreads();
+}
+
+// Where another of them has what is at `own` here.
+template <int BLOCKS, typename V>
+__device__ __forceinline__ V* in_block(int block, V* own) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) return address_in(block, own);
+#endif
+    return own;
+}
+
+template <int BLOCKS>
+__device__ __forceinline__ int own_warp() {
+    return static_cast<int>(blockIdx.x % BLOCKS * Shared<BLOCKS>::kWarps + threadIdx.x / 32);
+}
+
+// A warp's value, to that place of all blocks; meet() must follow.
+template <int BLOCKS, typename V>
+__device__ __forceinline__ void tell(V* own, V value) {
+    const int lane = threadIdx.x % 32;
+    if (lane < BLOCKS) *in_block<BLOCKS>(lane, own) = value;
+}
+
+// The greatest logit in the high half, and in the low half ~id of the first that has it; kNone where one is not finite.
+template <int BLOCKS>
+__device__ Sum find_highest(const Row& row, Shared<BLOCKS>& shared) {
     float highest = __int_as_float(0xff800000);  // of the thread; -inf
     unsigned largest = 0;  // bits of the greatest magnitude
     int id = 0;
@@ -169,20 +239,12 @@ __device__ Sum find_highest(const Row& row, Shared& shared) {
         if (logit > highest) highest = logit, id = at;
     });
     const bool finite = largest < 0x7f800000u;
-    Sum best = Sum{key_of(highest)} << 32 | ~static_cast<unsigned>(id);
-    const auto reduce = [&] {
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            const Sum other = __shfl_xor_sync(kAll, best, step);
-            best = other > best ? other : best;
-        }
-    };
-    reduce();
-    if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = best;
-    __syncthreads();
-    best = shared.sums[threadIdx.x % 32];
-    reduce();
-    return __syncthreads_or(!finite) ? 0 : best;
+    Sum best = max_warp(finite ? Sum{key_of(highest)} << 32 | ~static_cast<unsigned>(id) : kNone);
+    all_have_begun<BLOCKS>();
+    tell<BLOCKS>(&shared.highest[own_warp<BLOCKS>()], best);
+    meet<BLOCKS>();
+    for (int i = threadIdx.x % 32; i < BLOCKS * Shared<BLOCKS>::kWarps; i += 32) best = max(best, shared.highest[i]);
+    return max_warp(best);
 }
 
 struct Cut {
@@ -191,12 +253,17 @@ struct Cut {
 };
 
 // Where the mass of the highest logits reaches wanted(all mass), which is at least 1. mass(logit) depends on key_of it.
-template <typename Mass, typename Wanted>
-__device__ Cut select(const Row& row, Shared& shared, Histogram& bins, Mass&& mass, Wanted&& wanted) {
+// The histograms take turns, `turn` is the first: others read one while the next is made.
+template <int BLOCKS, typename Mass, typename Wanted>
+__device__ Cut select(
+    const Row& row, Shared<BLOCKS>& shared, Histogram<BLOCKS>* histograms, int turn, Mass&& mass, Wanted&& wanted) {
+    constexpr int kThreads = Shared<BLOCKS>::kThreads, kWarps = Shared<BLOCKS>::kWarps;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % BLOCKS;
     Cut cut{};
     unsigned known = 0;  // the bits of cut.key that are found
-    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10, turn ^= 1) {
         const unsigned digit = shift == 0 ? 0x3ffu : 0x7ffu;
+        Histogram<BLOCKS>& bins = histograms[turn];
         for (int i = threadIdx.x; i < kBins; i += kThreads) bins.low[i] = bins.high[i] = 0;
         __syncthreads();
         row.each([&](float logit, int) {
@@ -204,15 +271,22 @@ __device__ Cut select(const Row& row, Shared& shared, Histogram& bins, Mass&& ma
             if (((key ^ cut.key) & known) == 0) bins.add(key >> shift & digit, mass(logit));
         });
         __syncthreads();
-        const int bin = kBins - 1 - 2 * static_cast<int>(threadIdx.x);  // this thread has it and the next lower one
-        const Sum upper = bins[bin], lower = bins[bin - 1];
-        const Sum upto = scan_block(upper + lower, shared), before = upto - upper - lower;
-        if (known == 0) cut.left = wanted(shared.sums[kWarps - 1]);
-        if (before < cut.left && cut.left <= upto) {
-            const bool first = cut.left <= before + upper;
-            shared.bin = first ? bin : bin - 1;
-            shared.left = cut.left - before - (first ? 0 : upper);
-            shared.equal = first ? upper : lower;
+#pragma unroll
+        for (int i = 0; i < kGroups / kWarps; i++) {
+            const int group = warp * (kGroups / kWarps) + i;
+            tell<BLOCKS>(&bins.groups[rank][group], sum_warp(bins[kBins - 1 - 32 * group - lane]));
+        }
+        meet<BLOCKS>();
+        if (warp == 0) {
+            Sum two[2]{}, own[1]{};
+            for (int block = 0; block < BLOCKS; block++) {
+                two[0] += bins.groups[block][2 * lane], two[1] += bins.groups[block][2 * lane + 1];
+            }
+            Sum left = (known == 0 ? wanted(sum_warp(two[0] + two[1])) : cut.left) - 1;  // to exceed is to reach
+            const int bin = kBins - 1 - 32 * find(two, left);
+            for (int block = 0; block < BLOCKS; block++) own[0] += (*in_block<BLOCKS>(block, &bins))[bin - lane];
+            const int at = find(own, left);
+            if (lane == at) shared.bin = bin - at, shared.left = left + 1, shared.equal = own[0];
         }
         __syncthreads();
         cut = {cut.key | static_cast<unsigned>(shared.bin) << shift, shared.left, shared.equal};
@@ -222,45 +296,36 @@ __device__ Cut select(const Row& row, Shared& shared, Histogram& bins, Mass&& ma
 }
 
 // The first id with which the sum of mass(logit, id) over ascending ids exceeds bound(all mass), which is less than all.
-template <typename Mass, typename Bound>
-__device__ int locate(const Row& row, Shared& shared, Mass&& mass, Bound&& bound) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+template <int BLOCKS, typename Mass, typename Bound>
+__device__ int locate(const Row& row, Shared<BLOCKS>& shared, Mass&& mass, Bound&& bound) {
+    constexpr int kEach = BLOCKS * Shared<BLOCKS>::kWarps / 32;
+    const int lane = threadIdx.x % 32, own = own_warp<BLOCKS>();
     Sum sum = 0;
     row.each([&](float logit, int id) { sum += mass(logit, id); });
-    sum = scan_warp(sum);
-    if (lane == 31) shared.sums[warp] = sum;
-    __syncthreads();
-    Sum all = 0;
+    tell<BLOCKS>(&shared.sums[own], sum_warp(sum));
+    meet<BLOCKS>();
+    Sum sums[kEach], all = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; i++) all += shared.sums[i];
-    Sum left = bound(all);
-    int in = 0;
-    while (left >= shared.sums[in]) left -= shared.sums[in++];
-    if (warp == in) {
-        for (int first = row.begin;; first += 128) {
-            float four[4];
-            row.load(first + 4 * lane, four);
-            Sum upto[4], before = 0;
+    for (int i = 0; i < kEach; i++) all += sums[i] = shared.sums[lane * kEach + i];
+    Sum left = bound(sum_warp(all));
+    if (find(sums, left) == own) {
+        int at = -1, first = row.begin;
+        for (; at < 0; first += 32 * kNear) {
+            Sum near[kNear];
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int id = first + 4 * lane + j;
-                upto[j] = before += row.has(id) ? mass(four[j], id) : 0;
+            for (int i = 0; i < kNear; i += 4) {
+                const int id = first + lane * kNear + i;
+                const float4 four = row.load(id);
+                near[i] = row.has(id) ? mass(four.x, id) : 0;
+                near[i + 1] = row.has(id + 1) ? mass(four.y, id + 1) : 0;
+                near[i + 2] = row.has(id + 2) ? mass(four.z, id + 2) : 0;
+                near[i + 3] = row.has(id + 3) ? mass(four.w, id + 3) : 0;
             }
-            before = scan_warp(upto[3]) - upto[3];
-            const unsigned past = __ballot_sync(kAll, before + upto[3] > left);
-            if (past != 0) {
-                if (lane == __ffs(static_cast<int>(past)) - 1) {
-                    int j = 0;
-#pragma unroll
-                    for (int i = 0; i < 3; i++) j += before + upto[i] <= left;
-                    shared.id = first + 4 * lane + j;
-                }
-                break;
-            }
-            left -= __shfl_sync(kAll, before + upto[3], 31);
+            at = find(near, left);
         }
+        tell<BLOCKS>(&shared.id, first - 32 * kNear + at);
     }
-    __syncthreads();
+    meet<BLOCKS>();
     return shared.id;
 }
 
@@ -269,20 +334,21 @@ __device__ __forceinline__ Sum part_of(Sum all, Sum share) { return __umul64hi(a
 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
-// The id that thread 0's uniform draws; it is a fraction of 2^64.
-__device__ int draw(
-    const MambaSampleToken& a, const Row& row, float highest, Sum uniform, Shared& shared, Histogram& bins) {
+// The id that thread 0's uniform draws.
+template <int BLOCKS>
+__device__ int draw(const MambaSampleToken& a, const Row& row, float highest, double uniform, Shared<BLOCKS>& shared,
+                    Histogram<BLOCKS>* histograms) {
     const Weights weight(highest, a.temperature);
     unsigned lowest = 0;  // the key of the lowest logit that is kept
     int last = a.vocab;   // the last id that is kept of those with this key
     if (a.top_k > 0 && a.top_k < a.vocab) {
         const auto one = [](float) { return 1u; };
-        lowest = select(row, shared, bins, one, [&](Sum) { return static_cast<Sum>(a.top_k); }).key;
+        lowest = select(row, shared, histograms, 0, one, [&](Sum) { return static_cast<Sum>(a.top_k); }).key;
     }
     if (a.top_p < 1.0f) {
         const auto mass = [&](float logit) { return key_of(logit) >= lowest ? weight(logit) : 0; };
         const Sum share = static_cast<Sum>(a.top_p * 0x1p64f);
-        const Cut cut = select(row, shared, bins, mass, [&](Sum all) {
+        const Cut cut = select(row, shared, histograms, 1, mass, [&](Sum all) {
             const Sum whole = part_of(all, share);  // rounded up, and at least 1
             return whole + (all * share != 0 || whole == 0);
         });
@@ -294,7 +360,7 @@ __device__ int draw(
         }
     }
     const Sum least = static_cast<Sum>(ceilf(a.min_p * kOne));
-    if (threadIdx.x == 0) shared.uniform = uniform;
+    if (threadIdx.x == 0) shared.uniform = static_cast<Sum>(uniform * 0x1p64);  // before a barrier that all wait for
     const auto mass = [&](float logit, int id) -> Sum {
         const unsigned key = key_of(logit);
         if (key < lowest || (key == lowest && id > last)) return 0;
@@ -304,32 +370,38 @@ __device__ int draw(
     return locate(row, shared, mass, [&](Sum all) { return part_of(all, shared.uniform); });
 }
 
-template <bool kGreedy>
-__global__ void __launch_bounds__(kThreads) sample_token_kernel(MambaSampleToken a) {
-    __shared__ Shared shared;
-    for (int64_t b = blockIdx.x; b < a.batch; b += gridDim.x) {
-        if (a.seq_lens != nullptr && a.seq_lens[b] == 0) continue;
-        const Row row(a.logits + b * a.vocab, a.vocab);
-        int64_t at = 0;
-        Sum uniform = 0;
-        if (threadIdx.x == 0) {
-            const uint32_t step = static_cast<uint32_t>(a.steps[b]);
-            at = step % static_cast<uint32_t>(a.capacity) * int64_t{a.batch} + b;
-            a.steps[b] = static_cast<int32_t>(step + 1);
-            if (!kGreedy) uniform = static_cast<Sum>(a.uniform[at] * 0x1p64);  // now: it may come from the host
-        }
-        const Sum best = find_highest(row, shared);
-        int id = static_cast<int>(~static_cast<unsigned>(best));
-        if constexpr (!kGreedy) {
-            __shared__ Histogram bins;
-            if (best != 0) id = draw(a, row, logit_of(static_cast<unsigned>(best >> 32)), uniform, shared, bins);
-        }
-        if (threadIdx.x == 0) {
-            a.tokens[b] = best != 0 ? id : 0;
-            if (a.log != nullptr) a.log[at] = best != 0 ? id : -1;
-            for (int i = 0; a.seq_lens != nullptr && i < a.endings; ++i) {
-                if (best != 0 && a.eos_ids[i] == id) a.seq_lens[b] = 0;
-            }
+// BLOCKS blocks for each row.
+template <int BLOCKS, bool GREEDY>
+__global__ void __launch_bounds__(threads_of(BLOCKS)) sample_token_kernel(MambaSampleToken a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    if constexpr (BLOCKS > 1) __trap();  // not launched there
+#endif
+    __shared__ Shared<BLOCKS> shared;
+    const int b = static_cast<int>(blockIdx.x / BLOCKS);
+    wait_for_previous();
+    if (a.seq_lens != nullptr && a.seq_lens[b] == 0) return;
+    has_begun<BLOCKS>();
+    const Row row(a.logits + int64_t{b} * a.vocab, a.vocab, own_warp<BLOCKS>(), BLOCKS * Shared<BLOCKS>::kWarps);
+    int64_t at = 0;
+    uint32_t step = 0;
+    double uniform = 0;
+    if (threadIdx.x == 0) {
+        step = static_cast<uint32_t>(a.steps[b]);
+        at = step % static_cast<uint32_t>(a.capacity) * int64_t{a.batch} + b;
+        if (!GREEDY) uniform = a.uniform[at];  // now: it may come from the host
+    }
+    const Sum best = find_highest(row, shared);
+    int id = static_cast<int>(~static_cast<unsigned>(best));
+    if constexpr (!GREEDY) {
+        __shared__ Histogram<BLOCKS> histograms[2];
+        if (best != kNone) id = draw(a, row, logit_of(static_cast<unsigned>(best >> 32)), uniform, shared, histograms);
+    }
+    if (threadIdx.x == 0 && blockIdx.x % BLOCKS == 0) {  // what the others have read by now
+        a.steps[b] = static_cast<int32_t>(step + 1);
+        a.tokens[b] = best != kNone ? id : 0;
+        if (a.log != nullptr) a.log[at] = best != kNone ? id : -1;
+        for (int i = 0; a.seq_lens != nullptr && i < a.endings; ++i) {
+            if (best != kNone && a.eos_ids[i] == id) a.seq_lens[b] = 0;
         }
     }
 }
@@ -339,19 +411,26 @@ namespace {
 
 constexpr float kMaxFloat = 3.4028235e38f;
 
+template <int BLOCKS>
+cudaError_t start(const MambaSampleToken& a, bool early, cudaStream_t stream) {
+    const auto kernel = a.temperature == 0 ? sample_token_kernel<BLOCKS, true> : sample_token_kernel<BLOCKS, false>;
+    const dim3 grid(static_cast<unsigned>(a.batch) * BLOCKS);
+    return launch_early(kernel, grid, dim3(threads_of(BLOCKS)), 0, BLOCKS, early, stream, MambaSampleToken(a));
+}
+
 cudaError_t run(const MambaSampleToken& a, cudaStream_t stream) {
     const bool sizes = a.batch > 0 && a.vocab > 0 && a.vocab <= kMaxVocab && a.capacity > 0 && a.top_k >= 0;
     const bool filters = a.temperature >= 0 && a.temperature <= kMaxFloat && a.top_p > 0 && a.top_p <= 1 &&
                          a.min_p >= 0 && a.min_p <= 1;
-    const bool greedy = a.temperature == 0;
-    if (!sizes || !filters || (!greedy && a.uniform == nullptr)) return cudaErrorInvalidValue;
-    const int blocks = std::min(a.batch, 65535);
-    if (greedy) {
-        sample_token_kernel<true><<<blocks, kThreads, 0, stream>>>(a);
-    } else {
-        sample_token_kernel<false><<<blocks, kThreads, 0, stream>>>(a);
-    }
-    return cudaGetLastError();
+    if (!sizes || !filters || (a.temperature > 0 && a.uniform == nullptr)) return cudaErrorInvalidValue;
+    Device device;
+    const cudaError_t error = device.read(sample_token_kernel<1, true>);
+    if (error != cudaSuccess) return error;
+    const bool clusters = device.major >= 9;
+    const int room = clusters ? device.multiprocessors / a.batch : 1;  // blocks of a row, each with a multiprocessor
+    if (room >= 8) return start<8>(a, clusters, stream);
+    if (room >= 4) return start<4>(a, clusters, stream);
+    return room >= 2 ? start<2>(a, clusters, stream) : start<1>(a, clusters, stream);
 }
 
 }  // namespace

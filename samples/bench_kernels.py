@@ -204,6 +204,9 @@ def _cases(kernels: Kernels, peers: Peers) -> Iterator[Case]:
     yield _conv(kernels, peers, 1, 1, 1792)
     yield _ssd(kernels, peers, 1, 1, 24, 64, 128)
     yield _last(kernels, 1, 512, 768)
+    for batch in (1, 8, 64):
+        for filters in ({}, {"temperature": 1.0}, {"top_k": 50}, {"top_p": 0.9375}, {"top_k": 50, "top_p": 0.9375}):
+            yield _choice(kernels, batch, 50280, filters)
     # prompts
     for channels in (1536, 5120):
         for length in (2048, 16384):
@@ -338,6 +341,43 @@ def _last(kernels: Kernels, batch: int, length: int, width: int) -> Case:
         return {"mamba-deploy": ours}
 
     return Case(f"last_token/b{batch}_l{length}_d{width}", 4 * batch * width, 0, 0, contenders)
+
+
+def _choice(kernels: Kernels, batch: int, vocab: int, filters: dict[str, Any]) -> Case:
+    """Of the next token, greedy without filters; the logits lie in the L2 cache, where a step leaves them."""
+    logits = 3 * _normal(batch, vocab, dtype=F32)
+    greedy = not filters
+    given = filters if greedy else {"temperature": 1.0, **filters}
+
+    def contenders() -> dict[str, Launch]:
+        uniform = torch.rand(1, batch, device="cuda", dtype=torch.float64)
+        steps, tokens = (torch.zeros(batch, dtype=torch.int32, device="cuda") for _ in range(2))
+
+        def ours() -> Tensor:
+            stream = torch.cuda.current_stream()
+            kernels.sample_token(logits, uniform, steps=steps, tokens=tokens, log=None, stream=stream, **given)
+            return tokens
+
+        def by_torch() -> Tensor:
+            return logits.argmax(-1) if greedy else _draw(logits, uniform[0], **filters)
+
+        return {"mamba-deploy": ours, "torch": by_torch}
+
+    name = "_".join(f"{name}{value:g}" for name, value in filters.items()) or "greedy"
+    return Case(f"sample_token/b{batch}_v{vocab}_{name}", 4 * batch * vocab, 0, 0, contenders)
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """As transformers' generate() filters, in its order, and then by the sums of what is left."""
+    scores = logits / temperature
+    if top_k > 0:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ascending, ids = scores.sort()
+        below = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        scores = scores.masked_fill(below.scatter(1, ids, below), -torch.inf)
+    upto = scores.softmax(-1).cumsum(-1)
+    return torch.searchsorted(upto, (uniform * upto[:, -1]).float()[:, None], right=True)[:, 0]
 
 
 # --- peers -------------------------------------------------------------------------------------------------------
