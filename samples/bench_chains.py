@@ -3,10 +3,10 @@
     mamba-deploy plugin build --kernels-only
     python samples/bench_chains.py --mamba-ssm DIR --models mamba-2.8b,mamba2-2.7b --batch 1,64
 
-It is the operator that an engine is made of, called as its plugin calls it. No checkpoint, export or engine is needed,
-so models of billions of parameters are measured in seconds. Needs PyTorch for CUDA and, for the peer, what
-bench_peers.py needs, which says how the contenders take turns, what a peer is and what the limit is. Their logits are
-compared first.
+It is the operator that an engine is made of, called as its plugin calls it, and the kernel that chooses the tokens,
+where PyTorch chooses the peer's. No checkpoint, export or engine is needed, so models of billions of parameters are
+measured in seconds. Needs PyTorch for CUDA and, for the peer, what bench_peers.py needs, which says how the
+contenders take turns, what a peer is and what the limit is. Their logits are compared first.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class Chain:
         self.conv, self.ssm = ([layer[name] for layer in self.layers] for name in ("conv_state", "ssm_state"))
         self.ids, self.lengths = new(batch, 1, dtype=torch.int32), new(batch, dtype=torch.int32) + 1
         self.logits = new(batch, c.vocab_size)
+        self.steps, self.tokens = (new(batch, dtype=torch.int32) for _ in range(2))
         sizes = operator_sizes(c, batch, 1)
         if c.generation == "mamba2":
             del sizes["inner"]  # which the kernels make of the heads
@@ -161,6 +162,11 @@ class Chain:
         )  # fmt: skip
         return self.logits
 
+    def choose(self, logits: Tensor) -> Tensor:
+        """[B, V] -> the likeliest tokens [B], as sessions choose them."""
+        self.kernels.sample_token(logits, None, steps=self.steps, tokens=self.tokens, log=None, stream=_stream())
+        return self.tokens
+
 
 def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
@@ -169,7 +175,9 @@ def _stream() -> int:
 def chain(model: MambaModel, kernels: Any, batch: int, state_dtype: torch.dtype) -> Contender:
     """From a state of zeros on, in a CUDA graph."""
     own = Chain(model, kernels, batch, state_dtype)
-    return captured(own.read, torch.zeros(batch, dtype=torch.long, device="cuda"), STEPS, [*own.conv, *own.ssm])
+    return captured(
+        own.read, torch.zeros(batch, dtype=torch.long, device="cuda"), STEPS, [*own.conv, *own.ssm], own.choose
+    )
 
 
 if __name__ == "__main__":

@@ -223,19 +223,27 @@ class Peer:
         return mixer.out_proj(y)
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
 def captured(
-    read: Callable[[Tensor], Tensor], tokens: Tensor, steps: int = 1, state: Iterable[Tensor] = ()
+    read: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    steps: int = 1,
+    state: Iterable[Tensor] = (),
+    choose: Callable[[Tensor], Tensor] = _likeliest,
 ) -> Contender:
-    """A CUDA graph of it and of the likeliest token; run three times before, which compiles and tunes."""
+    """A CUDA graph of it and of the choice of a token; run three times before, which compiles and tunes."""
     stream, graph, tokens = torch.cuda.Stream(), torch.cuda.CUDAGraph(), tokens.clone()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            read(tokens).argmax(-1)
+            choose(read(tokens))
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         logits = read(tokens)
-        likeliest = logits.argmax(-1)
+        chosen = choose(logits)
     for tensor in state:
         tensor.zero_()
 
@@ -244,7 +252,7 @@ def captured(
         graph.replay()
         return logits
 
-    return Contender(feed, lambda: (graph.replay(), likeliest)[0], steps, owns=read)
+    return Contender(feed, lambda: (graph.replay(), chosen)[0], steps, owns=read)
 
 
 def peer_step(model: MambaModel, kernels: Kernels, tokens: Tensor, state_dtype: torch.dtype, steps: int) -> Contender:

@@ -43,6 +43,12 @@ class References:
             layer["conv_state_out"].copy_(conv)
             layer["ssm_state_out"].copy_(ssm)
 
+    def sample_token(
+        self, logits: torch.Tensor, uniform: None, *, steps: torch.Tensor, tokens: torch.Tensor, log: None, stream: int
+    ) -> None:
+        assert steps.shape == tokens.shape == logits.shape[:1]
+        tokens.copy_(logits.argmax(-1))
+
 
 @pytest.mark.parametrize(("family", "options"), [("mamba", {}), ("mamba2", {}), ("mamba2", {"n_groups": 2})])
 @torch.no_grad()
@@ -52,7 +58,9 @@ def test_a_chain_is_the_step_of_the_model(sample: Any, tmp_path: Path, family: A
     chain, state = sample.Chain(model, References(), 3), model.new_state(3)
     for tokens in torch.randint(0, 61, (5, 3), generator=torch.Generator().manual_seed(0)):
         wanted, state = model.step(tokens, state)
-        torch.testing.assert_close(chain.read(tokens), wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        logits = chain.read(tokens)
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        assert chain.choose(logits).tolist() == wanted.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("name", ["mamba-130m", "mamba2-130m"])
