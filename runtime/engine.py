@@ -1,7 +1,7 @@
 """TensorRT: an engine of the bundle, its state on the GPU, each decode step a CUDA graph.
 
 One stream; everything is allocated at opening. Two execution contexts share their scratch memory: decode, whose step is
-captured once for each number of rows, and prompt, which runs eagerly, a few rows at a time.
+captured once for each number of rows, and prompt, a few rows at a time, which is captured when a length comes again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ DECODE, PROMPT = 0, 1  # profiles of the engine
 _STEPS_KEPT = 16  # single tokens that are read before the state is copied again
 _TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32"}
 _GRAPHS_KEPT = 16  # one for each number of rows, and for each way of choosing tokens
+_PROMPTS_KEPT = 64  # graphs of prompts, and lengths that came once
+_PROMPT_STEP = 32  # tokens; prompts are filled up to a multiple, so that most lengths come again
 _MAX_EOS = 64  # ids that end a row and that the GPU looks for
 
 
@@ -64,7 +67,7 @@ class TensorRTBackend:
         Args:
             bundle: Has an engine for this backend.
             backend: ``tensorrt`` or ``tensorrt-rtx``.
-            use_graphs: Decode from CUDA graphs.
+            use_graphs: Decode, and read prompts of lengths that come again, from CUDA graphs.
             say: Told what is slower than it should be.
             tensorrt: To use instead of what is installed.
             device: To use instead of the first GPU.
@@ -173,6 +176,10 @@ class TensorRTBackend:
         self.device.synchronize()
         self._state: GpuState | None = None
         self._graphs: dict[Any, Graph] = {}
+        # Those of an engine of one operator, in which nothing but its own arguments depends on the length.
+        self._capture_prompts = self._use_graphs and bool(facts.get("fused"))
+        self._fill_prompts = bool(facts.get("fused")) and not contract.all_logits and not marked
+        self._prompts: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()  # None: came once; the latest last
         self._bound: dict[int, tuple[int, ...]] = {}  # what each context was last given
 
     def _upload_weights(
@@ -448,22 +455,24 @@ class TensorRTBackend:
     def _prompt(
         self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], state: GpuState
     ) -> NDArray[np.float32]:
-        """Read several tokens a row, a few rows at a time; a row alone is read at its own length."""
+        """Read several tokens a row, a few rows at a time; rows that are read together are as long as the longest."""
         B, L = input_ids.shape
         V, group = self._vocab_size, self._prefill_batch
         shape = (B, L, V) if self._contract.all_logits else (B, V)
         logits = np.zeros(shape, np.float32)
         for start in range(0, B, group):
             rows = slice(start, min(start + group, B))
-            count, width = rows.stop - start, int(seq_lens[rows].max())
-            if width == 0:
+            count, used = rows.stop - start, int(seq_lens[rows].max())
+            if used == 0:
                 continue
-            self._load(input_ids[rows, :width].ravel(), seq_lens[rows])
+            width = self._filled(used)
+            ids = np.zeros((count, width), np.int32)
+            ids[:, :used] = input_ids[rows, :used]
+            self._load(ids.ravel(), seq_lens[rows])
             addresses, copies = self._row_addresses(state, start, count)
             for own, staged, nbytes in copies:
                 self.device.copy(staged, own, nbytes)
-            self._bind(PROMPT, count, width, addresses)
-            self._enqueue(PROMPT)
+            self._enqueue_prompt(count, width, addresses)
             for own, staged, nbytes in copies:
                 self.device.copy(own, staged, nbytes)
             if self._contract.all_logits:
@@ -475,6 +484,35 @@ class TensorRTBackend:
                 logits[rows] = self._read_logits(count)
             self._read_marked(count, width)
         return logits
+
+    def _filled(self, width: int) -> int:
+        """Tokens a row of a prompt call that reads so many; what is behind a row's own, nobody reads."""
+        if width == 1 or not self._fill_prompts:
+            return width
+        return min(-(-width // _PROMPT_STEP) * _PROMPT_STEP, self.max_chunk)
+
+    def _enqueue_prompt(self, rows: int, width: int, states: Mapping[str, int]) -> None:
+        """Read what is in place, from a CUDA graph if such rows came twice before."""
+        key = (rows, width, *states.values())
+        if (graph := self._prompts.get(key)) is not None:
+            self._prompts.move_to_end(key)
+            graph.launch()
+            return
+        self._bind(PROMPT, rows, width, states)
+        self._enqueue(PROMPT)
+        if not self._capture_prompts:
+            return
+        if key in self._prompts:  # the host has time for it: what was enqueued runs
+            try:
+                graph = self.device.capture(lambda: self._enqueue(PROMPT))
+            except EngineError as error:
+                self._say(f"prompts without CUDA graphs, which is slower: {error}")
+                self._capture_prompts = False
+                return
+        self._prompts[key] = graph
+        self._prompts.move_to_end(key)
+        if len(self._prompts) > _PROMPTS_KEPT:
+            self._prompts.popitem(last=False)
 
     def _read_marked(self, rows: int, width: int) -> None:
         for name, (address, dtype, axes) in self._marked.items():
@@ -536,8 +574,9 @@ class TensorRTBackend:
         with self.device as device:
             with contextlib.suppress(EngineError):  # what failed there has been said
                 device.synchronize()
-            for graph in getattr(self, "_graphs", {}).values():
-                graph.free()
+            for graph in (*getattr(self, "_graphs", {}).values(), *getattr(self, "_prompts", {}).values()):
+                if graph is not None:
+                    graph.free()
             self._contexts, self._engine = [], None
             for memory in self._memories:
                 memory.free()

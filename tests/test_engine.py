@@ -19,6 +19,7 @@ import pytest
 
 from mamba_deploy.bundle import PORTABLE, Bundle
 from mamba_deploy.errors import BundleError, EngineError, InputError
+from mamba_deploy.runtime import engine
 from mamba_deploy.runtime.session import Session
 
 Open = Callable[..., Session]
@@ -109,6 +110,69 @@ def test_a_capture_that_fails_is_said_and_decoding_goes_on(opened: Open, cpu: Se
         "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
     ]
     assert tokens(session, [[1]], max_tokens=4) == tokens(cpu, [[1]], max_tokens=4)
+
+
+@pytest.fixture
+def prompts(path: Path, cpu: Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
+    """``prompts(length, rows=1)``: reads such prompts, as the CPU does, and gives the launches of each graph of prompts
+    that is kept, -1 for what came once, the last to be used last."""
+    monkeypatch.setattr(engine, "_PROMPTS_KEPT", 3)
+    given = fake_gpu.give_engine(path, fused=True, max_prefill=50, prefill_batch=1)
+    with Session(fake_gpu.open_backend(given, fake_gpu.FakeDevice()), given.config) as session:
+        cpu.max_chunk = 50
+
+        def read(length: int, rows: int = 1) -> list[int]:
+            ids = np.random.default_rng(length).integers(0, 61, (rows, length))
+            for reader in (session, cpu):
+                reader.reset()
+            np.testing.assert_allclose(session.prefill(ids), cpu.prefill(ids), rtol=1e-4, atol=1e-5)
+            kept: Any = session.backend._prompts  # type: ignore[attr-defined]
+            return [-1 if graph is None else graph.launches for graph in kept.values()]
+
+        yield read
+
+
+def test_a_length_that_comes_again_is_read_from_a_graph(prompts: Callable[..., list[int]]) -> None:
+    """Up to a multiple of 32 tokens lengths are one, but a single token is not; 50 are the most read at once."""
+    assert prompts(2) == [-1]
+    assert prompts(31) == [0]
+    assert prompts(32) == [1]
+    assert prompts(33) == [1, -1]
+    assert prompts(50) == [1, 0]
+    assert prompts(7) == [0, 2]
+    assert prompts(51) == [2, 1]  # 50 tokens, then a step
+    assert prompts(104) == [3, 3]  # 50, 50, and 4
+
+
+def test_each_row_has_graphs_of_its_own_and_the_last_used_are_kept(prompts: Callable[..., list[int]]) -> None:
+    assert prompts(7) == [-1]
+    assert prompts(7, rows=2) == [-1, -1, -1]  # of two rows, the states lie elsewhere
+    assert prompts(7, rows=2) == [-1, 0, 0]
+    assert prompts(40) == [0, 0, -1]
+    assert prompts(7) == [0, -1, -1]
+    assert prompts(7) == [0, -1, 0]
+
+
+def test_without_the_one_operator_prompts_have_no_graphs(path: Path) -> None:
+    given = fake_gpu.give_engine(path)
+    with Session(fake_gpu.open_backend(given, fake_gpu.FakeDevice()), given.config) as session:
+        for _ in range(3):
+            session.prefill([[1, 2, 3]])
+        assert session.backend.device.graphs == 0  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_cannot_be_captured_is_said_once_and_read(path: Path, cpu: Session) -> None:
+    said: list[str] = []
+    given = fake_gpu.give_engine(path, fused=True)
+    device = fake_gpu.FakeDevice(can_capture=False)
+    with Session(fake_gpu.open_backend(given, device, say=said.append), given.config) as session:
+        for _ in range(4):
+            ids = [[1, 2, 3]]
+            np.testing.assert_allclose(session.prefill(ids), cpu.prefill(ids), rtol=1e-4, atol=1e-5)
+    assert said == [
+        "prompts without CUDA graphs, which is slower: CUDA could not capture a CUDA graph: "
+        "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+    ]
 
 
 # --- running ahead ------------------------------------------------------------------------------------------------
@@ -375,6 +439,7 @@ sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[2])
 import fake_gpu
 from mamba_deploy.bundle import Bundle
+from mamba_deploy.runtime import engine
 from mamba_deploy.runtime.session import Session
 from mamba_deploy.runtime.state import Snapshot
 

@@ -242,7 +242,7 @@ def test_graphs_give_what_eager_gives(built: Any, name: str) -> None:
     bundle, found = built(name), []
     for use_graphs in (True, False):
         with Session(TensorRTBackend(bundle, use_graphs=use_graphs), bundle.config) as session:
-            logits = [session.prefill([[1, 2, 3], [4]])]
+            logits = [session.prefill([[1, 2, 3] * length, [4]]) for length in (1, 2, 11, 11, 3, 10, 9)]
             logits += [session.step([t, t + 1]) for t in range(50)]
             found.append([*(array.tobytes() for array in logits), *bits(session.snapshot())])
     assert found[0] == found[1]
