@@ -47,12 +47,12 @@ class GpuState:
             spare: Of as many, for the copy.
         """
         self._device, self._contract, self.batch = device, contract, batch
-        self._address, self._spare, self._nbytes = address, spare, state_bytes(row_bytes, batch)
-        self.row_bytes = row_bytes
+        self._address, self._spare, self.row_bytes = address, spare, row_bytes
         self.addresses: dict[str, int] = {}
         for name, size in row_bytes.items():
             self.addresses[name] = address
             address += aligned(size * batch)
+        self._nbytes = address - self._address
         self.since: list[tuple[NDArray[np.int32], NDArray[np.int32]]] | None = None  # the copy; None: there is none
         self.is_lost = False
         self.behind: Callable[[], None] | None = None  # takes back what runs ahead of the host
