@@ -121,9 +121,14 @@ valid = Unsqueeze (valid_2d, axis_2)
 """
 
 
-def to_float(name: str) -> str:
+def _cast(name: str, source: str, dtype: str, to: str) -> str:
+    """Text: ``name`` is ``source``, which has a dtype, in another; ONNX Runtime copies what it casts to what it was."""
+    return f"{name} = " + (f"Identity ({source})\n" if dtype == to else f"Cast <to = {element_type(to)}> ({source})\n")
+
+
+def _to_float(name: str, dtype: str) -> str:
     """Text: ``name_f`` is ``name`` as float32."""
-    return f"{name}_f = Cast <to = 1> ({name})\n"
+    return _cast(f"{name}_f", name, dtype, "float32")
 
 
 def _masked(name: str, source: str) -> str:
@@ -138,13 +143,13 @@ def _masked_key(width: int) -> str:
     return f"nothing = Constant <value_floats = [{minus_zeros}]> ()\nB_masked = Where (valid, B_f, nothing)\n"
 
 
-def step_size(softplus: bool, config: MambaConfig) -> str:
+def _step_size(softplus: bool, config: MambaConfig, contract: Contract) -> str:
     """Text: ``delta`` [B, L, ...] from ``dt`` and ``dt_bias``, zero past a row's end.
 
     Softplus as max(v, 0) + log1p(exp(-|v|)), with log1p(e) = e log(u) / (u - 1) for u = 1 + e rounded (Kahan):
     log(1 + e) alone loses all digits of a small step.
     """
-    text = to_float("dt") + "biased = Add (dt_f, dt_bias)\n"
+    text = _to_float("dt", contract.dtype) + "biased = Add (dt_f, dt_bias)\n"
     delta = "biased"
     if softplus:
         text += """
@@ -183,7 +188,7 @@ def conv_body(config: MambaConfig, contract: Contract) -> tuple[str, str]:
     """MambaCausalConv1d as K shifted products: on a CPU faster than a grouped Conv, and without transposes."""
     K = config.d_conv
     text = _VALID + "past = Transpose <perm = [0, 2, 1]> (conv_state)\nwindow = Concat <axis = 1> (past, x)\n"
-    text += to_float("window") + to_float("weight")
+    text += _to_float("window", contract.dtype) + _to_float("weight", contract.dtype)
     text += "by_tap = Transpose <perm = [1, 0]> (weight_f)\n"
     text += f"{', '.join(f'tap{k}' for k in range(K))} = Split <axis = 0, num_outputs = {K}> (by_tap)\n"
     for k in range(K):
@@ -191,15 +196,15 @@ def conv_body(config: MambaConfig, contract: Contract) -> tuple[str, str]:
             text += f"start{k} = Constant <value_ints = [{k}]> ()\nend{k} = Constant <value_ints = [{k - K + 1}]> ()\n"
             text += f"shifted{k} = Slice (window_f, start{k}, end{k}, axis_1)\n"
         else:
-            text += to_float("x") + f"shifted{k} = Identity (x_f)\n"
+            text += _to_float("x", contract.dtype) + f"shifted{k} = Identity (x_f)\n"
         text += f"product{k} = Mul (shifted{k}, tap{k})\n"
         text += f"sum{k} = Add (sum{k - 1}, product{k})\n" if k else "sum0 = Identity (product0)\n"
     result = f"sum{K - 1}"
     if config.conv_bias:
-        text += to_float("bias") + f"with_bias = Add ({result}, bias_f)\n"
+        text += _to_float("bias", contract.dtype) + f"with_bias = Add ({result}, bias_f)\n"
         result = "with_bias"
     text += f"gate = Sigmoid ({result})\nactivated = Mul ({result}, gate)\n"
-    text += _masked("y_f", "activated") + f"y = Cast <to = {element_type(contract.dtype)}> (y_f)\n"
+    text += _masked("y_f", "activated") + _cast("y", "y_f", "float32", contract.dtype)
     offsets = ", ".join(str(k) for k in range(K - 1))
     text += f"""
     offsets = Constant <value_ints = [{offsets}]> ()
@@ -218,12 +223,12 @@ def selective_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, s
     of unrolled tokens.
     """
     D, N = config.d_inner, config.d_state
-    text = _VALID + step_size(True, config)
-    text += "".join(to_float(name) for name in ("x", "B", "C", "z"))
+    text = _VALID + _step_size(True, config, contract)
+    text += "".join(_to_float(name, contract.dtype) for name in ("x", "B", "C", "z"))
+    text += _cast("state_f", "ssm_state", contract.state_dtype, "float32")
     text += "drive_all = Mul (delta, x_f)\n" + _masked("drive_3d", "drive_all") + _masked_key(N)
     text += "C_masked = Where (valid, C_f, zero)\n"
     text += f"""
-    state_f = Cast <to = 1> (ssm_state)
     state_nd = Transpose <perm = [0, 2, 1]> (state_f)
     A_nd = Transpose <perm = [1, 0]> (A)
     axis_3 = Constant <value_ints = [3]> ()
@@ -243,7 +248,6 @@ def selective_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, s
             y_t = MatMul (C_t, h_next)
         }}> (state_nd, delta_4d, drive_4d, B_4d, C_4d)
     last_dn = Transpose <perm = [0, 2, 1]> (last_nd)
-    ssm_state_out = Cast <to = {element_type(contract.state_dtype)}> (last_dn)
     y_scan = Squeeze (y_4d, axis_2)
     skip = Mul (D, x_f)
     y_skip = Add (y_scan, skip)
@@ -251,14 +255,16 @@ def selective_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, s
     silu = Mul (z_f, gate)
     y_gated = Mul (y_skip, silu)
     """
-    text += _masked("y_f", "y_gated") + f"y = Cast <to = {element_type(contract.dtype)}> (y_f)\n"
-    return "MambaSelectiveScan", text
+    text += _cast("ssm_state_out", "last_dn", "float32", contract.state_dtype)
+    return "MambaSelectiveScan", text + _masked("y_f", "y_gated") + _cast("y", "y_f", "float32", contract.dtype)
 
 
-def ssd_inputs(config: MambaConfig) -> str:
+def ssd_inputs(config: MambaConfig, contract: Contract) -> str:
     """Text shared by the bodies of MambaSsdScan: ``log_decay`` [B, L, H], ``drive`` [B, L, H P], B and C in float32."""
     H, P = config.n_heads, config.head_dim
-    text = _VALID + step_size(True, config) + "".join(to_float(name) for name in ("x", "B", "C"))
+    text = _VALID + _step_size(True, config, contract)
+    text += "".join(_to_float(name, contract.dtype) for name in ("x", "B", "C"))
+    text += _cast("state_f", "ssm_state", contract.state_dtype, "float32")
     text += _masked_key(config.n_groups * config.d_state) + _masked("C_masked", "C_f") + _masked("x_masked", "x_f")
     return (
         text
@@ -271,7 +277,6 @@ def ssd_inputs(config: MambaConfig) -> str:
     delta_heads = Unsqueeze (delta, axis_3)
     drive_heads = Mul (x_heads, delta_heads)
     drive = Reshape (drive_heads, flat_shape)
-    state_f = Cast <to = 1> (ssm_state)
     """
     )
 
@@ -286,10 +291,10 @@ def ssd_outputs(config: MambaConfig, contract: Contract) -> str:
     skip_heads = Mul (D_heads, x_heads)
     skip = Reshape (skip_heads, flat_shape)
     y_skip = Add (y_scan, skip)
-    ssm_state_out = Cast <to = {element_type(contract.state_dtype)}> (last)
     """
+        + _cast("ssm_state_out", "last", "float32", contract.state_dtype)
         + _masked("y_f", "y_skip")
-        + f"y = Cast <to = {element_type(contract.dtype)}> (y_f)\n"
+        + _cast("y", "y_f", "float32", contract.dtype)
     )
 
 
@@ -298,7 +303,7 @@ def ssd_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, str]:
     H, P, N, G = config.n_heads, config.head_dim, config.d_state, config.n_groups
     S = H // G
     text = (
-        ssd_inputs(config)
+        ssd_inputs(config, contract)
         + f"""
     grouped_state = Constant <value_ints = [0, {G}, {S}, {P}, {N}]> ()
     plain_state = Constant <value_ints = [0, {H}, {P}, {N}]> ()

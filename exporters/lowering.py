@@ -48,6 +48,7 @@ def lower_for_cpu(portable: Path, lowered: Path, config: MambaConfig, contract: 
         for node in function.all_nodes():
             node.name = node.name or f"node_{node.outputs[0].name}"
     common.InlinePass()(model)
+    common.IdentityEliminationPass()(model)  # ONNX Runtime copies a state that goes out through one
     common.RemoveUnusedOpsetsPass()(model)
     if contract.dtype != "float32":
         _widen(model.graph)
@@ -61,7 +62,7 @@ def _ssd_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, str]:
     S = H // G
     attention = f'{_CONTRIB}.LinearAttention <kv_num_heads = {H}, scale = 1.0, update_rule = "gated", q_num_heads'
     text = (
-        ssd_inputs(config)
+        ssd_inputs(config, contract)
         + f"""
     grouped = Constant <value_ints = [0, 0, {G}, 1, {N}]> ()
     repeats = Constant <value_ints = [1, 1, 1, {S}, 1]> ()

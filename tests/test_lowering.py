@@ -59,6 +59,14 @@ def test_mamba2_runs_through_linear_attention(bundle, name):
     assert "Scan" not in {node.op_type for node in nodes}
 
 
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_what_is_float32_is_not_cast(bundle, kind):
+    """ONNX Runtime would copy a state that goes through a Cast or an Identity."""
+    nodes = read(bundle(kind).path).graph.node
+    cast = {(node.op_type, node.input[0]) for node in nodes if node.op_type in ("Cast", "Identity")}
+    assert cast == {("Cast", "seq_lens"), ("Cast", "argmax")}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_both_graphs_read_the_same_weights(bundle, name):
     """To the byte range, by the same names; the lowered graph carries no weights of its own."""
