@@ -49,11 +49,20 @@ def lower_for_cpu(portable: Path, lowered: Path, config: MambaConfig, contract: 
             node.name = node.name or f"node_{node.outputs[0].name}"
     common.InlinePass()(model)
     common.IdentityEliminationPass()(model)  # ONNX Runtime copies a state that goes out through one
+    _count_tokens_once(model.graph)
     common.RemoveUnusedOpsetsPass()(model)
     if contract.dtype != "float32":
         _widen(model.graph)
     common.CommonSubexpressionEliminationPass()(model)
     onnx_ir.save(model, lowered)
+
+
+def _count_tokens_once(graph: onnx_ir.Graph) -> None:
+    """Each body asks its x [B, L, ...] for L: with one answer for all, which tokens are used is found once too."""
+    asked = [node for node in graph if str(node.outputs[0].name).startswith("length_1d")]
+    for node in asked[1:]:
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], asked[0].outputs[0])
+        graph.remove(node, safe=True)
 
 
 def _ssd_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, str]:

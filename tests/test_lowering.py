@@ -67,6 +67,14 @@ def test_what_is_float32_is_not_cast(bundle, kind):
     assert cast == {("Cast", "seq_lens"), ("Cast", "argmax")}
 
 
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_which_tokens_are_used_is_found_once(bundle, kind):
+    made = bundle(kind)
+    assert made.bundle.config.n_layer > 1
+    kinds = [node.op_type for node in read(made.path).graph.node]
+    assert [kinds.count(kind) for kind in ("Shape", "Range", "Less")] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_both_graphs_read_the_same_weights(bundle, name):
     """To the byte range, by the same names; the lowered graph carries no weights of its own."""
