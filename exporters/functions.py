@@ -135,6 +135,11 @@ def _masked(name: str, source: str) -> str:
     return f"{name} = Where (valid, {source}, zero)\n"
 
 
+def _result(source: str, contract: Contract) -> str:
+    """Text: the output ``y`` is ``source``, zero past a row's end."""
+    return _masked("y_f", source) + _cast("y", "y_f", "float32", contract.dtype)
+
+
 def _masked_key(width: int) -> str:
     """Text: ``B_masked`` is B, and -0.0 past a row's end, where delta * x is 0: h + -0.0 keeps every bit of h, h + 0.0
     does not. A vector of B's width, because ONNX Runtime's Where loses the sign of a scalar -0.0.
@@ -204,7 +209,7 @@ def conv_body(config: MambaConfig, contract: Contract) -> tuple[str, str]:
         text += _to_float("bias", contract.dtype) + f"with_bias = Add ({result}, bias_f)\n"
         result = "with_bias"
     text += f"gate = Sigmoid ({result})\nactivated = Mul ({result}, gate)\n"
-    text += _masked("y_f", "activated") + _cast("y", "y_f", "float32", contract.dtype)
+    text += _result("activated", contract)
     offsets = ", ".join(str(k) for k in range(K - 1))
     text += f"""
     offsets = Constant <value_ints = [{offsets}]> ()
@@ -256,7 +261,7 @@ def selective_scan_body(config: MambaConfig, contract: Contract) -> tuple[str, s
     y_gated = Mul (y_skip, silu)
     """
     text += _cast("ssm_state_out", "last_dn", "float32", contract.state_dtype)
-    return "MambaSelectiveScan", text + _masked("y_f", "y_gated") + _cast("y", "y_f", "float32", contract.dtype)
+    return "MambaSelectiveScan", text + _result("y_gated", contract)
 
 
 def ssd_inputs(config: MambaConfig, contract: Contract) -> str:
@@ -293,8 +298,7 @@ def ssd_outputs(config: MambaConfig, contract: Contract) -> str:
     y_skip = Add (y_scan, skip)
     """
         + _cast("ssm_state_out", "last", "float32", contract.state_dtype)
-        + _masked("y_f", "y_skip")
-        + _cast("y", "y_f", "float32", contract.dtype)
+        + _result("y_skip", contract)
     )
 
 

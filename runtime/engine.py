@@ -109,15 +109,16 @@ class TensorRTBackend:
         log = trt.logger(self._say)
         plugins: PluginKind = facts["plugins"]
         self._plugins = trt.load_plugins(plugins, self._say)
-        if facts.get("fused"):
+        fused = bool(facts.get("fused"))
+        if fused:
             trt.find_products()
         path = engine.path if engine else bundle.file(ENGINES[backend])
         self._engine: Any = load_engine(trt, log, path)
         layers = self._engine.num_layers
-        if facts.get("fused") and layers > 2 * facts["layers"]:  # for each profile; more would convert what it takes
+        if fused and layers > 2 * facts["layers"]:  # for each profile; more would convert what it takes
             self._say(f"slower than it should be: {trt.label} made {layers} layers of one operator")
         marked = engine.marked if engine else ()
-        left_out = ("next_token",) if facts.get("fused") else ()
+        left_out = ("next_token",) if fused else ()
         self._bound_specs = [spec for spec in self._contract.tensors if spec.name not in left_out]
         _check_tensors(self._engine, self._bound_specs, [*facts["weights"], *marked])
         self._log = log
@@ -177,8 +178,8 @@ class TensorRTBackend:
         self._state: GpuState | None = None
         self._graphs: dict[Any, Graph] = {}
         # Those of an engine of one operator, in which nothing but its own arguments depends on the length.
-        self._capture_prompts = self._use_graphs and bool(facts.get("fused"))
-        self._fill_prompts = bool(facts.get("fused")) and not contract.all_logits and not marked
+        self._capture_prompts = self._use_graphs and fused
+        self._fill_prompts = fused and not contract.all_logits and not marked
         self._prompts: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()  # None: came once; the latest last
         self._bound: dict[int, tuple[int, ...]] = {}  # what each context was last given
 
@@ -294,20 +295,26 @@ class TensorRTBackend:
         self._load(nobody, nobody)
         state.checkpoint()
         try:
-            enqueue()  # once before a capture, as TensorRT wants; with no row that reads anything
+            enqueue()  # with no row that reads anything
         finally:
             state.go_back()
             self.device.synchronize()
-        try:
-            graph = self.device.capture(enqueue)
-        except EngineError as error:
-            self._say(f"decoding without CUDA graphs, which is slower: {error}")
+        graph = self._captured("decoding", enqueue)
+        if graph is None:
             self._use_graphs = False
             return None
         if len(self._graphs) >= _GRAPHS_KEPT:
             del self._graphs[next(iter(self._graphs))]
         self._graphs[key] = graph
         return graph
+
+    def _captured(self, what: str, enqueue: Callable[[], None]) -> Graph | None:
+        """A graph of what was enqueued just so before, as TensorRT wants; None, which is said, where that fails."""
+        try:
+            return self.device.capture(enqueue)
+        except EngineError as error:
+            self._say(f"{what} without CUDA graphs, which is slower: {error}")
+            return None
 
     def _read_logits(self, batch: int) -> NDArray[np.float32]:
         self.device.download(self._host_logits[:batch], self._logits.address)
@@ -503,10 +510,8 @@ class TensorRTBackend:
         if not self._capture_prompts:
             return
         if key in self._prompts:  # the host has time for it: what was enqueued runs
-            try:
-                graph = self.device.capture(lambda: self._enqueue(PROMPT))
-            except EngineError as error:
-                self._say(f"prompts without CUDA graphs, which is slower: {error}")
+            graph = self._captured("prompts", lambda: self._enqueue(PROMPT))
+            if graph is None:
                 self._capture_prompts = False
                 return
         self._prompts[key] = graph

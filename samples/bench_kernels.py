@@ -363,7 +363,7 @@ def _choice(kernels: Kernels, batch: int, vocab: int, filters: dict[str, Any]) -
 
         return {"mamba-deploy": ours, "torch": by_torch}
 
-    name = "_".join(f"{name}{value:g}" for name, value in filters.items()) or "greedy"
+    name = "_".join(f"{key}{value:g}" for key, value in filters.items()) or "greedy"
     return Case(f"sample_token/b{batch}_v{vocab}_{name}", 4 * batch * vocab, 0, 0, contenders)
 
 

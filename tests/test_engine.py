@@ -439,7 +439,6 @@ sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, sys.argv[2])
 import fake_gpu
 from mamba_deploy.bundle import Bundle
-from mamba_deploy.runtime import engine
 from mamba_deploy.runtime.session import Session
 from mamba_deploy.runtime.state import Snapshot
 

@@ -71,8 +71,8 @@ def test_what_is_float32_is_not_cast(bundle, kind):
 def test_which_tokens_are_used_is_found_once(bundle, kind):
     made = bundle(kind)
     assert made.bundle.config.n_layer > 1
-    kinds = [node.op_type for node in read(made.path).graph.node]
-    assert [kinds.count(kind) for kind in ("Shape", "Range", "Less")] == [1, 1, 1]
+    ops = [node.op_type for node in read(made.path).graph.node]
+    assert [ops.count(op) for op in ("Shape", "Range", "Less")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
