@@ -46,16 +46,20 @@ __global__ void __launch_bounds__(threads_of(BLOCKS)) sample_token_kernel(MambaS
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     if constexpr (BLOCKS > 1) __trap();  // not launched there
 #endif
+    constexpr int kThreads = Shared<BLOCKS>::kThreads;
     __shared__ Shared<BLOCKS> shared;
-    const int b = static_cast<int>(blockIdx.x / BLOCKS);
+    const int b = static_cast<int>(blockIdx.x / BLOCKS), thread = static_cast<int>(threadIdx.x);
+    const bool may_end = a.seq_lens != nullptr;
     wait_for_previous();
-    if (a.seq_lens != nullptr && a.seq_lens[b] == 0) return;
     has_begun<BLOCKS>();
+    // Needed at the end, and on their way from now on.
+    const int length = may_end ? a.seq_lens[b] : 1;
+    const int ending = may_end && thread < a.endings ? a.eos_ids[thread] : -1;
     const Row row(a.logits + int64_t{b} * a.vocab, a.vocab, own_warp<BLOCKS>(), BLOCKS * Shared<BLOCKS>::kWarps);
     int64_t at = 0;
     uint32_t step = 0;
     double uniform = 0;
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
         step = static_cast<uint32_t>(a.steps[b]);
         at = step % static_cast<uint32_t>(a.capacity) * int64_t{a.batch} + b;
         if (!GREEDY) uniform = a.uniform[at];  // now: it may come from the host
@@ -66,14 +70,16 @@ __global__ void __launch_bounds__(threads_of(BLOCKS)) sample_token_kernel(MambaS
         __shared__ Histogram<BLOCKS> histograms[2];
         if (best != kNone) id = draw(a, row, logit_of(static_cast<unsigned>(best >> 32)), uniform, shared, histograms);
     }
-    if (threadIdx.x == 0 && blockIdx.x % BLOCKS == 0) {  // what the others have read by now
+    if (length == 0 || blockIdx.x % BLOCKS != 0) return;
+    if (thread == 0) {  // what the others have read by now
         a.steps[b] = static_cast<int32_t>(step + 1);
         a.tokens[b] = best != kNone ? id : 0;
         if (a.log != nullptr) a.log[at] = best != kNone ? id : -1;
-        for (int i = 0; a.seq_lens != nullptr && i < a.endings; ++i) {
-            if (best != kNone && a.eos_ids[i] == id) a.seq_lens[b] = 0;
-        }
     }
+    if (!may_end || best == kNone) return;
+    bool ends = ending == id;
+    for (int i = thread + kThreads; i < a.endings; i += kThreads) ends = ends || a.eos_ids[i] == id;
+    if (ends) a.seq_lens[b] = 0;
 }
 
 #ifndef MAMBA_KERNELS_ONLY

@@ -221,12 +221,13 @@ def test_frequencies(filters: dict[str, Any]) -> None:
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_a_row_that_picks_an_ending_reads_nothing_more_and_one_that_has_ended_is_left_alone() -> None:
+@pytest.mark.parametrize("others", [0, 61, 1500])
+def test_a_row_that_picks_an_ending_reads_nothing_more_and_one_that_has_ended_is_left_alone(others: int) -> None:
     logits = normal(4, 1000)
     picks = np.argmax(logits, axis=1)
     call = Call(logits, None, [5, 6, 7, 8], 3)
     lens = torch.tensor([1, 1, 0, 1], dtype=torch.int32).cuda()
-    endings = torch.tensor([-1, int(picks[1]), int(picks[2])], dtype=torch.int32).cuda()
+    endings = torch.tensor([-1] * others + [-1, int(picks[1]), int(picks[2])], dtype=torch.int32).cuda()
     call.launch(seq_lens=lens, eos_ids=endings)
     torch.cuda.synchronize()
     assert lens.tolist() == [1, 0, 0, 1]
