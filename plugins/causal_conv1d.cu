@@ -121,11 +121,13 @@ prompt_kernel(MambaCausalConv1d a, int x_row, unsigned channel_blocks, int run_l
     const int C = a.channels;
     Kernel filter(a, c);
     const int kept = filter.taps - 1;
+    let_next_start();
+    wait_for_previous();
 
     for (int64_t b = blockIdx.y; b < a.batch; b += gridDim.y) {
         const T* x = static_cast<const T*>(a.x) + b * a.length * x_row + c;
         const int used = min(max(a.seq_lens[b], 0), a.length), stop = min(end, used);
-        const auto token = [&](int t) { return load_constant<T, kVec>(x + int64_t{t} * x_row); };
+        const auto token = [&](int t) { return load<T, kVec>(x + int64_t{t} * x_row); };  // which the kernel ahead wrote
 
         const T* from = x + int64_t{start} * x_row;
         T* const y = static_cast<T*>(a.y) + b * a.length * C + c;
@@ -133,7 +135,7 @@ prompt_kernel(MambaCausalConv1d a, int x_row, unsigned channel_blocks, int run_l
 #pragma unroll
         for (int i = 0; i < kAhead; i++) {
             ahead[i] = Vec{};
-            if (start + i < stop) ahead[i] = load_constant<T, kVec>(from);
+            if (start + i < stop) ahead[i] = load<T, kVec>(from);
             from += x_row;
         }
         if (start == 0) {
@@ -185,7 +187,7 @@ prompt_kernel(MambaCausalConv1d a, int x_row, unsigned channel_blocks, int run_l
 #pragma unroll
             for (int i = 0; i < kAhead; i++) {
                 const Vec current = ahead[i];
-                ahead[i] = load_constant<T, kVec>(from);
+                ahead[i] = load<T, kVec>(from);
                 from += x_row;
                 store(y + int64_t{t + i} * C, filter.next(current));
             }
@@ -196,7 +198,7 @@ prompt_kernel(MambaCausalConv1d a, int x_row, unsigned channel_blocks, int run_l
             for (int i = 0; i < kAhead; i++) {
                 const Vec current = ahead[i];
                 ahead[i] = Vec{};
-                if (t + kAhead + i < stop) ahead[i] = load_constant<T, kVec>(from);
+                if (t + kAhead + i < stop) ahead[i] = load<T, kVec>(from);
                 from += x_row;
                 if (t + i < end) store(y + int64_t{t + i} * C, t + i < stop ? filter.next(current) : Vec{});
             }
@@ -296,7 +298,7 @@ cudaError_t step(const MambaCausalConv1d& a, int32_t row, cudaStream_t stream) {
 }
 
 template <typename T, int kWidth, int kVec>
-cudaError_t prompt(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t stream) {
+cudaError_t prompt(const MambaCausalConv1d& a, int32_t x_row, bool early, cudaStream_t stream) {
     const int64_t channel_blocks = ceil_div(a.channels, kLanes * kVec), rows = std::min(a.batch, 65535);
     // Short runs fill the GPU, long ones read less twice: the shortest for which all blocks run at once.
     Device device;
@@ -307,14 +309,13 @@ cudaError_t prompt(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t strea
     const int64_t width = channel_blocks * ceil_div(a.length, int64_t{run_length} * kRuns);
     if (width > INT_MAX) return cudaErrorInvalidValue;
     const dim3 grid(static_cast<unsigned>(width), static_cast<unsigned>(rows));
-    prompt_kernel<T, kWidth, kVec>
-        <<<grid, dim3(kLanes, kRuns), 0, stream>>>(a, x_row, static_cast<unsigned>(channel_blocks), run_length);
-    return cudaGetLastError();
+    return launch_early(prompt_kernel<T, kWidth, kVec>, grid, dim3(kLanes, kRuns), 0, 1, early && device.major >= 9,
+                        stream, MambaCausalConv1d(a), int32_t{x_row}, static_cast<unsigned>(channel_blocks), int{run_length});
 }
 
 }  // namespace
 
-cudaError_t run(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t stream) {
+cudaError_t run(const MambaCausalConv1d& a, int32_t x_row, bool early, cudaStream_t stream) {
     const bool sizes = a.batch > 0 && a.length > 0 && a.length <= 1 << 20 && a.channels > 0 && a.width >= 2 &&
                        a.width <= kMaxWidth;
     if (!sizes || a.activation < MAMBA_ACTIVATION_NONE || a.activation > MAMBA_ACTIVATION_SILU) {
@@ -330,9 +331,9 @@ cudaError_t run(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t stream) 
         using T = decltype(t);
         constexpr int kVec = 16 / sizeof(T);
         if (!aligned || a.width != 4 || a.channels % kVec != 0 || x_row % kVec != 0) {
-            error = a.length == 1 ? step<T, 0, 1>(a, x_row, stream) : prompt<T, 0, 1>(a, x_row, stream);
+            error = a.length == 1 ? step<T, 0, 1>(a, x_row, stream) : prompt<T, 0, 1>(a, x_row, early, stream);
         } else {
-            error = a.length == 1 ? step<T, 4, kVec>(a, x_row, stream) : prompt<T, 4, 4>(a, x_row, stream);
+            error = a.length == 1 ? step<T, 4, kVec>(a, x_row, stream) : prompt<T, 4, 4>(a, x_row, early, stream);
         }
     });
     return error;
@@ -347,6 +348,6 @@ cudaError_t run(const MambaCausalConv1d& a, int32_t x_row, cudaStream_t stream) 
 extern "C" size_t mamba_causal_conv1d_workspace(const MambaCausalConv1d*) { return 0; }
 
 extern "C" int mamba_causal_conv1d(const MambaCausalConv1d* call, void*, void* stream) {
-    return mamba::conv::run(*call, call->channels, static_cast<cudaStream_t>(stream));
+    return mamba::conv::run(*call, call->channels, false, static_cast<cudaStream_t>(stream));
 }
 #endif

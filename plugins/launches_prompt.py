@@ -12,14 +12,15 @@ from mamba_deploy.plugins.cublas import LEAST_WORKSPACE_BYTES, WORKSPACE_BYTES
 from mamba_deploy.plugins.launches_common import BYTES, TYPES, ceil_div, kernel_name
 from mamba_deploy.plugins.launches_conv import causal_conv1d
 from mamba_deploy.plugins.launches_pad import Copy, pad_launch
-from mamba_deploy.plugins.launches_rows import SUMS
+from mamba_deploy.plugins.launches_rows import MOST_ROWS, SUMS
+from mamba_deploy.plugins.launches_step import x_proj
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
-from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan
+from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan, MambaXProj
 
 __all__ = ["prompt", "workspace_bytes"]
 
 _PART_WARPS, _MOST_NORM_WARPS, _HELD_VALUES = 4, 32, 32
-_FEW_VALUES, _MANY_VALUES, _SPLIT_ROWS = 8, 4 << 20, 128
+_FEW_VALUES, _MANY_VALUES = 8, 4 << 20
 
 
 def prompt(call: Any, workspace: int, device: Device) -> list[Launch | Gemm]:
@@ -35,7 +36,7 @@ def workspace_bytes(call: Any) -> int:
 class _Norm(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "z", "weight", "y", "sums", "total", "seq_lens")),
-        ("rows", c_int64),
+        *((name, c_int64) for name in ("rows", "sum_rows")),
         *((name, c_int32) for name in ("x_row", "z_row", "length", "groups", "width")),
         ("eps", c_float),
     ]
@@ -49,7 +50,7 @@ class _Buffers:
         row = c.batch * c.length * BYTES[c.dtype]
         self.blas = self._take(WORKSPACE_BYTES)
         self.hidden = self._take(4 * c.batch * c.length * c.width)
-        self.sums = self._take(4 * SUMS * c.batch * c.width) if _has_sums(c) else 0
+        self.sums = self._take(4 * SUMS * min(c.batch * c.length, MOST_ROWS) * c.width)
         self.normal = self.y = self._take(row * max(c.width, c.inner))
         self.projected = self._take(row * c.outputs)
         self.convolved = self._take(row * c.channels)
@@ -68,10 +69,6 @@ class _Buffers:
         taken = self.end
         self.end += ceil_div(size, 256) * 256
         return taken
-
-
-def _has_sums(c: Any) -> bool:
-    return bool(c.length == 1 and c.batch <= _SPLIT_ROWS and c.inner % (8 * SUMS) == 0)
 
 
 def _low_row(c: Any) -> int:
@@ -103,8 +100,10 @@ class _Prompt:
     def __init__(self, c: Any, workspace: int, device: Device) -> None:
         self.c, self.at, self.device = c, _Buffers(c, workspace), device
         self.tokens, self.item, self.T = c.batch * c.length, BYTES[c.dtype], TYPES[c.dtype]
-        self.blas = (self.at.blas, WORKSPACE_BYTES if self.tokens <= _SPLIT_ROWS else LEAST_WORKSPACE_BYTES)
+        self.blas = (self.at.blas, WORKSPACE_BYTES if self.tokens <= MOST_ROWS else LEAST_WORKSPACE_BYTES)
         self.by_rows = launches_rows.is_rows(c, device)
+        few = c.length == 1 and c.batch <= MOST_ROWS and c.inner % (8 * SUMS) == 0
+        self.sums = self.at.sums if self.by_rows or few else 0
         self.found: list[Launch | Gemm] = []
 
     def run(self) -> list[Launch | Gemm]:
@@ -133,9 +132,11 @@ class _Prompt:
         c, at = self.c, self.at
         if self.by_rows:
             self.found.append(launches_rows.in_proj(c, layer, at.normal, at.projected, self.device))
-            return
-        self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
-        self._product(at.normal, c.width, c.width, layer.in_proj, c.outputs, at.projected, bool(layer.in_proj_bias))
+            if c.length == 1:
+                return
+        else:
+            self._bias(layer.in_proj_bias, at.projected, c.outputs, self.T, False)
+            self._product(at.normal, c.width, c.width, layer.in_proj, c.outputs, at.projected, bool(layer.in_proj_bias))
         x = at.projected + (c.inner if c.heads else 0) * self.item
         conv = MambaCausalConv1d(
             c.batch, c.length, c.channels, c.conv_width, c.dtype, 1, x, layer.conv_weight, layer.conv_bias,
@@ -145,7 +146,11 @@ class _Prompt:
 
     def _first(self, layer: Any) -> None:
         c, at, item, row, N = self.c, self.at, self.item, _low_row(self.c), self.c.state_size
-        self._product(at.convolved, c.inner, c.inner, layer.x_proj, row, at.low, False)
+        if self.by_rows:
+            few = MambaXProj(self.tokens, 1, c.inner, c.inner, row, c.dtype, at.convolved, layer.x_proj, at.low)
+            self.found += x_proj(few, 0, self.device)
+        else:
+            self._product(at.convolved, c.inner, c.inner, layer.x_proj, row, at.low, False)
         if c.norm_eps >= 0:
             arguments = (c_void_p(at.low), c_int64(self.tokens), c_int32(c.rank), c_int32(N), c_float(c.norm_eps))
             grid = (ceil_div(self.tokens, _PART_WARPS),)
@@ -171,14 +176,14 @@ class _Prompt:
             a.x, a.B, a.C, rows = at.x, at.B, at.C, (c.inner, states, c.outputs)
         self.found += launches_ssd.ssd_scan(a, at.scan, self.device, rows)
         groups, eps = (c.groups, c.eps) if layer.gate_norm else (1, -1.0)
-        sizes = (self.tokens, c.inner, c.outputs, c.length, groups, c.inner // groups, eps)
+        sizes = (self.tokens, 0, c.inner, c.outputs, c.length, groups, c.inner // groups, eps)
         self._norm(_Norm(at.y, at.projected, layer.gate_norm, at.y, None, None, None, *sizes), self.T, item)
 
     def _step(self, layer: Any) -> None:
         c, at = self.c, self.at
         self.found += parts.scan(c, layer, at.projected, at.low, at.y, self.device)
         if c.heads and layer.gate_norm:
-            sizes = (self.tokens, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
+            sizes = (self.tokens, 0, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
             self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, None, None, *sizes), self.T, self.item)
 
     def _out_proj(self, i: int, layer: Any) -> None:
@@ -186,8 +191,8 @@ class _Prompt:
         if self.by_rows:
             self.found.append(launches_rows.out_proj(c, i, at.y, at.sums, self.device))
         else:
-            out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, at.sums or at.hidden)
-            self.found.append(Gemm(*out_proj, True, not at.sums, c.dtype, *self.blas, SUMS if at.sums else 1))
+            out_proj = (self.tokens, c.inner, c.width, at.y, c.inner, layer.out_proj, False, self.sums or at.hidden)
+            self.found.append(Gemm(*out_proj, True, not self.sums, c.dtype, *self.blas, SUMS if self.sums else 1))
         self._bias(layer.out_proj_bias, at.hidden, c.width, "float", True)
 
     def _scan_of(self, layer: Any) -> Any:
@@ -209,8 +214,8 @@ class _Prompt:
     def _norm_hidden(self, weight: int, last: bool, after: bool) -> None:
         c, at = self.c, self.at
         rows, seq_lens = (c.batch, c.seq_lens) if last else (self.tokens, None)
-        places = (at.hidden, None, weight, at.normal, at.sums if after else None, at.hidden, seq_lens)
-        self._norm(_Norm(*places, rows, c.width, 0, c.length, 1, c.width, c.eps), "float", 4)
+        places = (at.hidden, None, weight, at.normal, self.sums if after else None, at.hidden, seq_lens)
+        self._norm(_Norm(*places, rows, self.tokens, c.width, 0, c.length, 1, c.width, c.eps), "float", 4)
 
     def _norm(self, a: _Norm, X: str, x_item: int) -> None:
         wide = 16 // x_item

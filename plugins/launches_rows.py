@@ -14,13 +14,14 @@ from mamba_deploy.plugins.launches_step import Linear, is_together, linear_of
 from mamba_deploy.plugins.nvrtc import Device, Launch
 from mamba_deploy.plugins.structs import MambaLayer
 
-__all__ = ["SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
+__all__ = ["MOST_ROWS", "SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
 
 SUMS = 4  # in which out_proj comes, each of as many inputs
+MOST_ROWS = 128
 
 _ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_SLOTS = 64, 64, 384, 2, 16
 _SHARED, _RING = HOPPER_SHARED - 2048, 1024  # bytes at most; where the ring begins
-_LEAST_ROWS, _MOST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 3, 2 * _ROWS, _SPLIT * _INPUTS, 64
+_LEAST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 3, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
 _ASKED = 4 << 20  # bytes of the next weights that a product asks for
 
@@ -43,7 +44,7 @@ class _Product(ctypes.Structure):
 
 def are_sizes(c: Any) -> bool:
     """As ``are_rows_sizes`` in C++: whatever the device."""
-    if c.length != 1 or not _LEAST_ROWS <= c.batch <= _MOST_ROWS or c.dtype == 0:
+    if not _LEAST_ROWS <= c.batch * c.length <= MOST_ROWS or c.dtype == 0:
         return False
     return not (c.width % _WIDTH_STEP or c.inner % (SUMS * _WIDTH_STEP) or c.outputs % 8)
 
@@ -64,18 +65,18 @@ def in_proj(c: Any, layer: Any, x: int, y: int, device: Device) -> Launch:
 def out_proj(c: Any, i: int, x: int, sums: int, device: Device) -> Launch:
     """As ``rows_out_proj`` in C++, of the layer ``i``."""
     layers = (MambaLayer * c.layers).from_address(c.each)
-    a = Linear(c.batch, c.inner, c.width, c.inner, x=x, weight=layers[i].out_proj)
+    a = Linear(c.batch * c.length, c.inner, c.width, c.inner, x=x, weight=layers[i].out_proj)
     last = i + 1 == c.layers
     after = _next(None if last else layers[i + 1].in_proj, c.width, c.outputs, _SPLIT)
     return _launch(a, sums, after, 0 if last else _asked_by_out_proj(c), SUMS, c.dtype, device)
 
 
 def _asked_by_out_proj(c: Any) -> int:
-    return _ASKED if c.batch <= _ROWS else 0
+    return _ASKED if c.length > 1 or c.batch <= _ROWS else 0
 
 
 def _asked_by_in_proj(c: Any) -> int:
-    soon = not c.heads and c.batch <= _ROWS // 2
+    soon = not c.heads and c.length == 1 and c.batch <= _ROWS // 2
     return _asked_by_out_proj(c) * (1 if soon else 2)
 
 
@@ -85,9 +86,12 @@ def _next(weights: int | None, inputs: int, outputs: int, parts: int) -> _Next:
 
 
 def _in_proj(c: Any, layer: Any, x: int, y: int) -> Linear:
-    """Of x, which is normed."""
+    """Of x, which is normed. Without the convolution of a prompt, which is along it."""
     a = linear_of(in_proj_of(c, layer, 0, y))
     a.x, a.norm_weight = x, None
+    if c.length > 1:
+        a.batch, a.conv_channels = c.batch * c.length, 0
+        a.conv_weight = a.conv_bias = a.conv_state = a.conv_state_out = None
     return a
 
 

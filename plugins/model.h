@@ -9,13 +9,16 @@ namespace model {
 // model.cu: whether sizes and dtypes are within bounds and agree.
 bool are_sizes(const MambaModel& call);
 
-// prompt.cu: products by cuBLAS, of more tokens than one and of many rows.
+inline int64_t rows_of(const MambaModel& c) { return int64_t{c.batch} * c.length; }  // tokens, all of which products see
+
+// prompt.cu: of more tokens than one and of many rows, products by cuBLAS.
 size_t prompt_workspace(const MambaModel& call);
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);
 
-// rows.cu: products of a token of some rows by its kernel, where they can be and are faster: in_proj with the convolution, and
-// out_proj in kSums sums [kSums, B, d] of as many inputs each. Whether a device can, is_rows() asks besides. Each asks the L2
-// cache for weights of the product behind it.
+// rows.cu: products of up to kMostRows tokens by its kernel, where they can be and are faster: in_proj, of a single token a row
+// with the convolution, and out_proj in kSums sums [kSums, B, L, d] of as many inputs each. Whether a device can, is_rows() asks
+// besides. Each asks the L2 cache for weights of the product behind it.
+constexpr int kMostRows = 128;
 bool are_rows_sizes(const MambaModel& call);
 bool is_rows(const MambaModel& call);
 cudaError_t rows_in_proj(const MambaModel& call, const MambaLayer& layer, const void* x, void* y, cudaStream_t stream);

@@ -3,8 +3,8 @@
 //
 // A layer is seven launches and few bytes beside the products': norm, in_proj, convolution, then x_proj, dt_proj and the scan
 // with its gate, or the scan, the gate and its norm, then out_proj, which adds to the float32 residual stream by itself.
-// Nothing is split or copied, but for a P or N that is no multiple of 8, as no published model has. Of a token of some rows
-// in_proj, with the convolution, and out_proj are rows.cu's, where it takes them.
+// Nothing is split or copied, but for a P or N that is no multiple of 8, as no published model has. Of few tokens in_proj and
+// out_proj are rows.cu's, where it takes them, and x_proj a step's.
 #include <algorithm>
 #include <climits>
 
@@ -20,20 +20,16 @@ namespace {
 
 bool is_valid(const MambaModel& m) {
     const int most = 32 * kMostNormWarps * kHeldValues;
-    return are_sizes(m) && int64_t{m.batch} * m.length <= INT_MAX && m.width <= most && m.inner <= most;
+    return are_sizes(m) && rows_of(m) <= INT_MAX && m.width <= most && m.inner <= most;
 }
-
-int64_t tokens_of(const MambaModel& m) { return int64_t{m.batch} * m.length; }
-
-constexpr int kSplitRows = 128;
 
 // Few tokens want the inputs split, in a workspace. Of many, cuBLAS 13 uses one to hand out tiles as its kernel runs, with a
 // memset ahead, which costs 6 us a layer (in_proj of mamba2-2.7b, 2048 tokens) and gains nothing.
-size_t blas_bytes(const MambaModel& m) { return tokens_of(m) <= kSplitRows ? blas::kWorkspace : blas::kLeastWorkspace; }
+size_t blas_bytes(const MambaModel& m) { return rows_of(m) <= kMostRows ? blas::kWorkspace : blas::kLeastWorkspace; }
 
-// Whether out_proj comes in kSums sums, each of as many inputs, which the norm after it adds to the residual stream. Of few
-// rows cuBLAS has to split the inputs to fill the GPU, and would add the sums in a kernel of its own.
-bool has_sums(const MambaModel& m) { return m.length == 1 && m.batch <= kSplitRows && m.inner % (8 * kSums) == 0; }
+// Whether out_proj by cuBLAS comes in kSums sums, each of as many inputs, which the norm after it adds to the residual stream.
+// Of few rows it has to split the inputs to fill the GPU, and would add the sums in a kernel of its own.
+bool has_sums(const MambaModel& m) { return m.length == 1 && m.batch <= kMostRows && m.inner % (8 * kSums) == 0; }
 
 int32_t low_row(const MambaModel& m) { return m.rank + 2 * m.state_size; }
 
@@ -59,7 +55,7 @@ MambaSsdScan ssd_scan(const MambaModel& m) {
 struct Buffers : Room {
     void* blas;
     float* hidden;     // [B, L, d]
-    float* sums;       // [kSums, B, d], where out_proj comes in several
+    float* sums;       // [kSums, B, L, d], where out_proj comes in several
     void* normal;      // [B, L, d] T, of a layer's first half; y in its second
     void* y;           // [B, L, D] T
     void* projected;   // [B, L, M] T
@@ -69,10 +65,10 @@ struct Buffers : Room {
     void* scan;
 
     Buffers(const MambaModel& m, void* workspace) : Room(workspace) {
-        const int64_t tokens = tokens_of(m), row = tokens * item_bytes(m.dtype);
+        const int64_t tokens = rows_of(m), row = tokens * item_bytes(m.dtype);
         blas = take(blas::kWorkspace);
         hidden = static_cast<float*>(take(4 * tokens * m.width));
-        sums = has_sums(m) ? static_cast<float*>(take(4 * kSums * tokens * m.width)) : nullptr;
+        sums = static_cast<float*>(take(4 * kSums * std::min<int64_t>(tokens, kMostRows) * m.width));  // so much for more, too
         normal = y = take(row * std::max(m.width, m.inner));
         projected = take(row * m.outputs);
         convolved = take(row * m.channels);
@@ -142,10 +138,12 @@ class Prompt {
     // --- the parts of a layer
 
     cudaError_t in_proj(const MambaLayer& layer) const {
-        if (by_rows_) return rows_in_proj(m_, layer, at_.normal, at_.projected, stream_);
-        return in_turn([&] { return product(at_.normal, m_.width, layer.in_proj, layer.in_proj_bias, m_.outputs,
-                                            at_.projected); },
-                       [&] { return convolution(layer); });
+        return in_turn(
+            [&] {
+                if (by_rows_) return rows_in_proj(m_, layer, at_.normal, at_.projected, stream_);
+                return product(at_.normal, m_.width, layer.in_proj, layer.in_proj_bias, m_.outputs, at_.projected);
+            },
+            [&] { return by_rows_ && m_.length == 1 ? cudaSuccess : convolution(layer); });
     }
 
     // Of a single token in place, where a step's scan reads it.
@@ -153,7 +151,7 @@ class Prompt {
         T* const x = static_cast<T*>(at_.projected) + (is_mamba2(m_) ? m_.inner : 0);
         return conv::run({m_.batch, m_.length, m_.channels, m_.conv_width, m_.dtype, MAMBA_ACTIVATION_SILU, x,
                           layer.conv_weight, layer.conv_bias, layer.conv_state, m_.seq_lens,
-                          m_.length == 1 ? x : at_.convolved, layer.conv_state_out}, m_.outputs, stream_);
+                          m_.length == 1 ? x : at_.convolved, layer.conv_state_out}, m_.outputs, by_rows_, stream_);
     }
 
     // The scan of a single token, as in the chain of model.cu.
@@ -169,7 +167,7 @@ class Prompt {
         }
         return in_turn([&] { return run(mamba_ssd_update, ssd_update(m_, layer, at_.projected, at_.y)); }, [&] {
             if (layer.gate_norm == nullptr) return cudaSuccess;
-            return norm<T>({at_.y, nullptr, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, m_.inner, 0, 1,
+            return norm<T>({at_.y, nullptr, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, 0, m_.inner, 0, 1,
                             m_.groups, m_.inner / m_.groups, m_.eps});
         });
     }
@@ -183,7 +181,12 @@ class Prompt {
         a.dt_bias = layer.dt_bias, a.ssm_state = layer.ssm_state, a.ssm_state_out = layer.ssm_state_out, a.y = at_.y;
         scan::Rows rows = {row, 2};
         return in_turn(
-            [&] { return product(at_.convolved, m_.inner, layer.x_proj, nullptr, row, at_.low); },
+            [&] {
+                if (!by_rows_) return product(at_.convolved, m_.inner, layer.x_proj, nullptr, row, at_.low);
+                const MambaXProj few = {static_cast<int32_t>(tokens_), 1, m_.inner, m_.inner, row, m_.dtype, at_.convolved,
+                                        layer.x_proj, at_.low};
+                return static_cast<cudaError_t>(mamba_x_proj(&few, nullptr, stream_));
+            },
             [&] { return m_.norm_eps < 0.0f ? cudaSuccess : norm_parts(); },
             [&] { return products_.run({tokens_, m_.rank, m_.inner, at_.low, row, layer.dt_proj, false, at_.dt, false,
                                         false}); },
@@ -205,7 +208,7 @@ class Prompt {
         ssd::Rows rows = {m_.channels, m_.channels, m_.outputs};
         const bool normed = layer.gate_norm != nullptr;
         const int32_t groups = normed ? m_.groups : 1;
-        const Norm gate = {at_.y, at_.projected, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, m_.inner,
+        const Norm gate = {at_.y, at_.projected, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, 0, m_.inner,
                            m_.outputs, m_.length, groups, m_.inner / groups, normed ? m_.eps : -1.0f};
         return in_turn(
             [&] {
@@ -220,12 +223,11 @@ class Prompt {
 
     cudaError_t out_proj(int i) const {
         const MambaLayer& layer = m_.each[i];
-        const bool apart = at_.sums != nullptr;
         return in_turn(
             [&] {
                 if (by_rows_) return rows_out_proj(m_, i, at_.y, at_.sums, stream_);
                 return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
-                                      apart ? at_.sums : at_.hidden, true, !apart, apart ? kSums : 1});
+                                      apart_ ? at_.sums : at_.hidden, true, !apart_, apart_ ? kSums : 1});
             },
             [&] { return bias<float, true>(layer.out_proj_bias, at_.hidden, m_.width); });
     }
@@ -249,9 +251,9 @@ class Prompt {
 
     // Of the residual stream; `after`: a layer.
     cudaError_t norm_hidden(const float* weight, bool last, bool after) const {
-        return norm<float>({at_.hidden, nullptr, weight, at_.normal, after ? at_.sums : nullptr, at_.hidden,
-                            last ? m_.seq_lens : nullptr, last ? m_.batch : tokens_, m_.width, 0, m_.length, 1, m_.width,
-                            m_.eps});
+        return norm<float>({at_.hidden, nullptr, weight, at_.normal, after && apart_ ? at_.sums : nullptr, at_.hidden,
+                            last ? m_.seq_lens : nullptr, last ? m_.batch : tokens_, tokens_, m_.width, 0, m_.length, 1,
+                            m_.width, m_.eps});
     }
 
     template <typename X>
@@ -299,8 +301,9 @@ class Prompt {
     const Buffers at_;
     const blas::Products products_;
     const cudaStream_t stream_;
-    const int64_t tokens_ = tokens_of(m_);
+    const int64_t tokens_ = rows_of(m_);
     const bool by_rows_ = is_rows(m_);
+    const bool apart_ = by_rows_ || has_sums(m_);  // whether out_proj comes in several sums
     Device device_;
 };
 

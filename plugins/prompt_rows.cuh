@@ -56,10 +56,10 @@ struct Norm {
     const void* z;            // [rows, groups, width] T, z_row apart; null: no gate
     const float* weight;      // [groups, width]
     void* y;                  // [rows, groups, width] T; may be x
-    const float* sums;        // [kSums, rows, width] or null
+    const float* sums;        // [kSums, sum_rows, width] or null
     float* total;             // [rows, width]: x and them, may be x; only where there are sums, and one group
     const int32_t* seq_lens;  // null; or x is [rows, length, width], and of each its last token that is used, or zeros
-    int64_t rows;
+    int64_t rows, sum_rows;
     int32_t x_row, z_row, length, groups, width;
     float eps;                // negative: no norm, and no weight
 };
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(32 * kMostNormWarps) norm_kernel(const Norm a)
             const auto column = [&](int i) { return begin + i * step; };
             const auto read = [&](int i, Neighbours<float, VEC>(&in)[kSums]) {
 #pragma unroll
-                for (int s = 0; s < kSums; s++) in[s].load_written(a.sums + (s * a.rows + from) * a.width + column(i));
+                for (int s = 0; s < kSums; s++) in[s].load_written(a.sums + (s * a.sum_rows + from) * a.width + column(i));
             };
             const auto add = [&](int i, const Neighbours<float, VEC>(&in)[kSums]) {
                 Pack<float, VEC> out;

@@ -1,4 +1,4 @@
-// Products of a token of many rows by rows_kernel: whether it takes them, and how they are cut.
+// Products of a few tokens, of many rows or of a short prompt, by rows_kernel: whether it takes them, and how they are cut.
 #include <algorithm>
 #include <iterator>
 
@@ -13,12 +13,13 @@
 namespace mamba {
 namespace model {
 
-constexpr int kLeastRows = 3, kMostRows = 128, kWidthStep = 128;
+constexpr int kLeastRows = 3, kWidthStep = 128;
 
 // From kLeastRows on it is faster than the parts of a step: samples/results/step.txt, 52 and 87.
 bool are_rows_sizes(const MambaModel& c) {
-    return c.length == 1 && c.batch >= kLeastRows && c.batch <= kMostRows && c.dtype != MAMBA_FLOAT32 &&
-           c.width % kWidthStep == 0 && c.inner % (kSums * kWidthStep) == 0 && c.outputs % 8 == 0;
+    const int64_t rows = rows_of(c);
+    return rows >= kLeastRows && rows <= kMostRows && c.dtype != MAMBA_FLOAT32 && c.width % kWidthStep == 0 &&
+           c.inner % (kSums * kWidthStep) == 0 && c.outputs % 8 == 0;
 }
 
 #if CUDART_VERSION >= 12010
@@ -35,11 +36,11 @@ constexpr int kColumns[] = {192, 160, 144, 128, 96, 64};  // of a cluster, for w
 
 // Bytes of the next weights that a product asks for when it ends, as many as memory brings until what follows it reads: the norm
 // behind out_proj; behind in_proj the scan, or soon x_proj, which is the sooner at work the fewer rows there are. With two tiles
-// of rows memory is not idle then (samples/results/step.txt, 131).
+// of rows memory is not idle then (samples/results/step.txt, 131), but of a prompt.
 constexpr int64_t kAsked = 4 << 20;
-int64_t asked_by_out_proj(const MambaModel& c) { return c.batch <= kRows ? kAsked : 0; }
+int64_t asked_by_out_proj(const MambaModel& c) { return c.length > 1 || c.batch <= kRows ? kAsked : 0; }
 int64_t asked_by_in_proj(const MambaModel& c) {
-    const bool soon = !is_mamba2(c) && c.batch <= kRows / 2;
+    const bool soon = !is_mamba2(c) && c.length == 1 && c.batch <= kRows / 2;
     return asked_by_out_proj(c) * (soon ? 1 : 2);
 }
 
@@ -107,10 +108,14 @@ cudaError_t start(const Product& p, int parts, int64_t asked, int32_t dtype, cud
     return dtype == MAMBA_FLOAT16 ? run(__half{}) : run(__nv_bfloat16{});
 }
 
-// Of x, which is normed.
+// Of x, which is normed. Without the convolution of a prompt, which is along it.
 step::Linear linear_of(const MambaModel& c, const MambaLayer& l, const void* x, void* y) {
     step::Linear a = step::linear_of(in_proj(c, l, nullptr, y));
     a.x = x, a.norm_weight = nullptr;
+    if (c.length == 1) return a;
+    a.batch = static_cast<int32_t>(rows_of(c));
+    a.conv_channels = 0;
+    a.conv_weight = a.conv_bias = a.conv_state = a.conv_state_out = nullptr;
     return a;
 }
 
@@ -135,7 +140,8 @@ cudaError_t rows_in_proj(const MambaModel& c, const MambaLayer& l, const void* x
 cudaError_t rows_out_proj(const MambaModel& c, int layer, const void* x, float* sums, cudaStream_t stream) {
     Product p{};
     step::Linear& a = p.a;
-    a.batch = c.batch, a.inputs = a.x_stride = c.inner, a.outputs = c.width, a.x = x, a.weight = c.each[layer].out_proj;
+    a.batch = static_cast<int32_t>(rows_of(c)), a.inputs = a.x_stride = c.inner, a.outputs = c.width;
+    a.x = x, a.weight = c.each[layer].out_proj;
     p.sums = sums;
     const bool last = layer + 1 == c.layers;
     p.next = next_of(last ? nullptr : c.each[layer + 1].in_proj, c.width, c.outputs, kSplit);

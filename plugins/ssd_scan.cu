@@ -393,8 +393,8 @@ cudaError_t chunked(const Padding& padding, const Device& device, void* workspac
 
 // Rows of x, y, B and C of a head begin at multiples of 16 bytes.
 bool is_aligned(const MambaSsdScan& a, const Rows& rows) {
-    return a.head_dim % 8 == 0 && a.state_size % 8 == 0 && rows.x % 8 == 0 && rows.group % 8 == 0 && mamba::is_aligned(a.x, 16) && mamba::is_aligned(a.y, 16) &&
-           mamba::is_aligned(a.B, 16) && mamba::is_aligned(a.C, 16);
+    return a.head_dim % 8 == 0 && a.state_size % 8 == 0 && rows.x % 8 == 0 && rows.group % 8 == 0 &&
+           mamba::is_aligned(a.x, 16) && mamba::is_aligned(a.y, 16) && mamba::is_aligned(a.B, 16) && mamba::is_aligned(a.C, 16);
 }
 
 template <typename T>

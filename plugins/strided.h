@@ -28,8 +28,9 @@ struct Rows {
 
 namespace conv {
 
-// Of a single token rows of y are as far apart, and y may be x.
-cudaError_t run(const MambaCausalConv1d& call, int32_t x_row, cudaStream_t stream);
+// Of a single token rows of y are as far apart, and y may be x. `early`: of a prompt, whether it is started, to have read its
+// weights, before the kernel ahead has ended; that has to let it.
+cudaError_t run(const MambaCausalConv1d& call, int32_t x_row, bool early, cudaStream_t stream);
 
 }  // namespace conv
 namespace scan {

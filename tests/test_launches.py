@@ -27,6 +27,7 @@ from mamba_deploy.plugins import (
     kernels,
     launches,
     launches_prompt,
+    launches_rows,
     launches_token,
     nvrtc,
     structs,
@@ -589,9 +590,11 @@ def test_python_launches_what_the_compiled_prompt_does(library):
     workspace.restype = ctypes.c_size_t
     kinds, products = set(), 0
     for _ in range(1000):
-        (call, layers), device = random_prompt(draw), draw.choice(DEVICES)
+        (call, layers), device = random_prompt(draw), of_driver(library, draw.choice(DEVICES))
         if call.inner > 1 << 15 or call.batch * call.length * max(call.outputs, call.width) >= 1 << 31:
             continue  # refused, or more than a GPU's memory
+        if launches_rows.is_rows(call, device):
+            continue  # test_a_short_prompt_is_by_rows_kernel has them; of these sizes most would be refused
         planned = launches_prompt.prompt(call, WORKSPACE, device)
         shown = {name: getattr(call, name) for name, _ in call._fields_}, bytes(layers), device
         for i, (found, p) in enumerate(zip(recorded(library, "prompt", call, device, planned), planned, strict=True)):
@@ -766,12 +769,29 @@ def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_a_short_prompt_is_by_rows_kernel(library, name):
+    draw, workspace = random.Random(name), library.mamba_model_workspace
+    workspace.restype = ctypes.c_size_t
+    for batch, length in ((1, 2), (1, 3), (2, 2), (1, 64), (3, 40), (2, 64), (1, 129), (43, 3)):
+        call, rows = a_token(name, draw, batch=batch, length=length, dtype=1), batch * length
+        planned = compare(library, call, of_driver(library, DEVICES[0]))
+        tiles = 1 if rows <= 64 else 2
+        kinds = [f"mamba::rows::rows_kernel<__half, {columns}, {tiles}>" for columns in ROWS[name]]
+        assert of_rows(planned) == (kinds * call.layers if 3 <= rows <= 128 else [])
+        # No convolution in them: it is along the prompt.
+        assert not any(p.arguments[0].a.conv_channels or p.arguments[0].a.conv_state for p in products_of_rows(planned))
+        assert sum(isinstance(p, Launch) and "conv::prompt_kernel" in p.kernel for p in planned) == call.layers
+        assert launches.workspace_bytes("model", call) == workspace(ctypes.byref(call))
+
+
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize(
-    ("batch", "of_mamba", "of_mamba2"), [(3, 4, 8), (32, 4, 8), (33, 8, 8), (64, 8, 8), (65, 0, 0)]
+    ("batch", "length", "of_mamba", "of_mamba2"),
+    [(3, 1, 4, 8), (32, 1, 4, 8), (33, 1, 8, 8), (64, 1, 8, 8), (65, 1, 0, 0), (1, 3, 8, 8), (2, 64, 8, 8)],
 )
-def test_what_products_ask_the_l2_cache_for(library, name, batch, of_mamba, of_mamba2):
+def test_what_products_ask_the_l2_cache_for(library, name, batch, length, of_mamba, of_mamba2):
     """The first of each part of the next product's weights: no byte of others, none twice, as many MiB as are said."""
-    call = a_token(name, random.Random(name), batch=batch, dtype=1)
+    call = a_token(name, random.Random(name), batch=batch, length=length, dtype=1)
     planned = compare(library, call, of_driver(library, DEVICES[0]._replace(multiprocessors=132)))
     products = products_of_rows(planned)
     following = [*(w for layer in call.kept for w in (layer.in_proj, layer.out_proj)), 0][1:]
@@ -783,7 +803,8 @@ def test_what_products_ask_the_l2_cache_for(library, name, batch, of_mamba, of_m
         assert asked.parts == (2 if i % 2 else 8)
         assert asked.part * asked.parts == 2 * inputs * outputs
         assert asked.asked % 16 == 0
-        shares = math.prod(launch.grid) * (4 if batch <= 64 else 8) // asked.parts  # of a part, one after the other
+        warps = 4 if batch * length <= 64 else 8
+        shares = math.prod(launch.grid) * warps // asked.parts  # of a part, one after the other
         assert shares * asked.asked <= asked.part
         whole = min(wanted, 2 * inputs * outputs) if weights else 0
         assert whole * 0.99 <= shares * asked.asked * asked.parts <= whole

@@ -1,5 +1,6 @@
-"""Single tokens of some rows, whose products have a kernel of their own on compute capability 9.0 (``rows.cu``): the
-sizes of published models, against the reference in float64. Elsewhere the same calls run otherwise, and must be right.
+"""Single tokens of some rows and short prompts, whose products have a kernel of their own on compute capability 9.0
+(``rows.cu``): the sizes of published models, against the reference in float64. Elsewhere the same calls run otherwise,
+and must be right.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ def test_equals_the_reference(case: dict[str, Any], T: torch.dtype, S: torch.dty
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_other_sizes(case: dict[str, Any], T: torch.dtype, B: int) -> None:
     Call(Model(T, B, 1, **{"V": 257} | case)).run()
+
+
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "B", "L"),
+    [
+        *((case, B, L) for case in (*MAMBA, *MAMBA2) for B, L in ((2, 9), (1, 65))),
+        *((case, B, L) for case in OTHERS for B, L in ((1, 3), (1, 64), (3, 40))),
+    ],
+    ids=str,
+)
+def test_short_prompts(case: dict[str, Any], B: int, L: int, T: torch.dtype) -> None:
+    Call(Model(T, B, L, all_logits=L % 2 == 0, **{"layers": 2, "V": 257} | case)).run()
 
 
 @pytest.mark.parametrize("case", [MAMBA[0], MAMBA2[0], MAMBA2[3]], ids=str)
