@@ -1,5 +1,5 @@
-// Products of a token of many rows, y = x W and what stands around it (step_linear.cuh), for compute capability 9.0: up to
-// 128 rows, 16-bit weights.
+// Products of a token of many rows, or of a short prompt, whose tokens are rows here: y = x W and what stands around it
+// (step_linear.cuh), for compute capability 9.0, up to 128 rows, 16-bit weights.
 //
 // Bound by the weights and, for every block reads it again, by x. So the two blocks of a cluster share some columns and
 // split their inputs: a block then reads all of its weights and half of x. Both come through a ring of stages in shared

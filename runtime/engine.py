@@ -500,7 +500,7 @@ class TensorRTBackend:
 
     def _enqueue_prompt(self, rows: int, width: int, states: Mapping[str, int]) -> None:
         """Read what is in place, from a CUDA graph if such rows came twice before."""
-        key = (rows, width, *states.values())
+        key = (width, rows, *states.values())  # as _bind() has it
         if (graph := self._prompts.get(key)) is not None:
             self._prompts.move_to_end(key)
             graph.launch()
