@@ -102,8 +102,8 @@ class _Prompt:
         self.tokens, self.item, self.T = c.batch * c.length, BYTES[c.dtype], TYPES[c.dtype]
         self.blas = (self.at.blas, WORKSPACE_BYTES if self.tokens <= MOST_ROWS else LEAST_WORKSPACE_BYTES)
         self.by_rows = launches_rows.is_rows(c, device)
-        few = c.length == 1 and c.batch <= MOST_ROWS and c.inner % (8 * SUMS) == 0
-        self.sums = self.at.sums if self.by_rows or few else 0
+        of_cublas = c.length == 1 and c.batch <= MOST_ROWS and c.inner % (8 * SUMS) == 0
+        self.sums = self.at.sums if self.by_rows or of_cublas else 0  # where out_proj comes in several
         self.found: list[Launch | Gemm] = []
 
     def run(self) -> list[Launch | Gemm]:

@@ -68,7 +68,8 @@ struct Buffers : Room {
         const int64_t tokens = rows_of(m), row = tokens * item_bytes(m.dtype);
         blas = take(blas::kWorkspace);
         hidden = static_cast<float*>(take(4 * tokens * m.width));
-        sums = static_cast<float*>(take(4 * kSums * std::min<int64_t>(tokens, kMostRows) * m.width));  // so much for more, too
+        // Of more tokens unused, but there, for workspaces do not shrink as prompts grow.
+        sums = static_cast<float*>(take(4 * kSums * std::min<int64_t>(tokens, kMostRows) * m.width));
         normal = y = take(row * std::max(m.width, m.inner));
         projected = take(row * m.outputs);
         convolved = take(row * m.channels);

@@ -36,7 +36,7 @@ constexpr int kColumns[] = {192, 160, 144, 128, 96, 64};  // of a cluster, for w
 
 // Bytes of the next weights that a product asks for when it ends, as many as memory brings until what follows it reads: the norm
 // behind out_proj; behind in_proj the scan, or soon x_proj, which is the sooner at work the fewer rows there are. With two tiles
-// of rows memory is not idle then (samples/results/step.txt, 131), but of a prompt.
+// of rows memory is not idle then, unless they are a prompt's (samples/results/step.txt, 131 and 143).
 constexpr int64_t kAsked = 4 << 20;
 int64_t asked_by_out_proj(const MambaModel& c) { return c.length > 1 || c.batch <= kRows ? kAsked : 0; }
 int64_t asked_by_in_proj(const MambaModel& c) {

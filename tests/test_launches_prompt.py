@@ -28,6 +28,8 @@ CASES = {
     "mamba2-groups": Sizes(inner=256, heads=16, states=16, groups=8, skip=0),
     "mamba2-no-norm": Sizes(heads=8, states=32, gate_norm=False, bias=True),
     "mamba2-odd": Sizes(heads=5, inner=60, states=20, given=False),
+    "mamba-rows": Sizes(width=128, inner=512, norm_eps=1e-6, bias=True),
+    "mamba2-rows": Sizes(width=128, inner=512, heads=8, states=32, bias=True),
 }
 
 
@@ -81,14 +83,14 @@ class Host:
     def _norm_kernel(self, one: Launch, parameters: list[str]) -> None:
         (a,), (T, X) = one.arguments, (TYPES[p] for p in parameters[:2])
         shape = (a.rows, a.groups * a.width)
+        tokens = a.rows * a.length if a.seq_lens else a.rows
+        x = self.at(a.x, (tokens, shape[1]), X, a.x_row).float()
+        if a.sums:
+            x = x + self.at(a.sums, (4, a.sum_rows, shape[1]), F32).sum(0)
         if a.seq_lens:
             lengths = self.at(a.seq_lens, (a.rows,), torch.int32)
-            tokens = self.at(a.x, (a.rows, a.length, shape[1]), X)
-            x = ops.last_token(tokens.float().contiguous(), lengths)
-        else:
-            x = self.at(a.x, shape, X, a.x_row).float()
-        if a.sums:
-            x = x + self.at(a.sums, (4, *shape), F32).sum(0)
+            x = ops.last_token(x.unflatten(0, (a.rows, a.length)).contiguous(), lengths)
+        elif a.sums:
             self.at(a.total, shape, F32).copy_(x)
         if a.z:
             x = x * torch.nn.functional.silu(self.at(a.z, shape, T, a.z_row).float())
@@ -97,6 +99,24 @@ class Host:
             scale = torch.rsqrt((parts * parts).mean(-1, keepdim=True) + a.eps)
             x = (parts * scale).flatten(-2) * self.at(a.weight, shape[1:], F32)
         self.at(a.y, shape, T).copy_(x)
+
+    def _rows_kernel(self, one: Launch, parameters: list[str]) -> None:
+        p, parts, T = one.arguments[0], one.grid[1], TYPES[parameters[0]]
+        a = p.a
+        assert not a.conv_channels  # of a single token alone
+        x, w = self.at(a.x, (a.batch, a.inputs), T).float(), self.at(a.weight, (a.inputs, a.outputs), T).float()
+        pairs = zip(x.chunk(parts, dim=1), w.chunk(parts, dim=0), strict=True)
+        sums = torch.stack([inputs @ weights for inputs, weights in pairs])
+        if p.sums:
+            self.at(p.sums, (parts, a.batch, a.outputs), F32).copy_(sums)
+            return
+        bias = self.at(a.bias, (a.outputs,), T)
+        self.at(a.y, (a.batch, a.outputs), T).copy_(sums[0] if bias is None else sums[0] + bias.float())
+
+    def _x_proj_kernel(self, one: Launch, parameters: list[str]) -> None:
+        (a,), T = one.arguments, TYPES[parameters[0]]
+        x, w = self.at(a.x, (a.batch, a.inputs), T, a.x_stride), self.at(a.weight, (a.inputs, a.outputs), T)
+        self.at(a.y, (a.batch, a.outputs), T).copy_(x.float() @ w.float())
 
     def _part_norms_kernel(self, one: Launch, parameters: list[str]) -> None:
         pointer, rows, rank, states, eps = (a.value for a in one.arguments)
@@ -181,6 +201,21 @@ def test_the_launches_compute_the_model(case: str, T: torch.dtype, device: Devic
         call = Call(model, "cpu", same=B == 2)
         host = Host(call)
         host.run(launches_prompt.prompt(call.struct, host.workspace, device))
+        check(call, model)
+
+
+@pytest.mark.parametrize("T", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["mamba-rows", "mamba2-rows"])
+def test_the_launches_compute_the_model_where_few_tokens_have_products_of_their_own(case: str, T: torch.dtype) -> None:
+    device = HOPPER._replace(encode_map=lambda *given: 0)
+    for B, L in ((1, 3), (3, 9), (2, 64), (2, 65)):
+        model = Model(CASES[case], B, L, T, seed=L, all_logits=B == 3)
+        call = Call(model, "cpu", same=B == 2)
+        host = Host(call)
+        planned = launches_prompt.prompt(call.struct, host.workspace, device)
+        products = sum(isinstance(p, Launch) and p.source == "rows_product.cuh" for p in planned)
+        assert products == (2 * CASES[case].layers if B * L <= 128 else 0)
+        host.run(planned)
         check(call, model)
 
 
