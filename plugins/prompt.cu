@@ -224,11 +224,12 @@ class Prompt {
 
     cudaError_t out_proj(int i) const {
         const MambaLayer& layer = m_.each[i];
+        const bool apart = sums_ != nullptr;
         return in_turn(
             [&] {
-                if (by_rows_) return rows_out_proj(m_, i, at_.y, at_.sums, stream_);
+                if (by_rows_) return rows_out_proj(m_, i, at_.y, sums_, stream_);
                 return products_.run({tokens_, m_.inner, m_.width, at_.y, m_.inner, layer.out_proj, false,
-                                      apart_ ? at_.sums : at_.hidden, true, !apart_, apart_ ? kSums : 1});
+                                      apart ? sums_ : at_.hidden, true, !apart, apart ? kSums : 1});
             },
             [&] { return bias<float, true>(layer.out_proj_bias, at_.hidden, m_.width); });
     }
@@ -252,7 +253,7 @@ class Prompt {
 
     // Of the residual stream; `after`: a layer.
     cudaError_t norm_hidden(const float* weight, bool last, bool after) const {
-        return norm<float>({at_.hidden, nullptr, weight, at_.normal, after && apart_ ? at_.sums : nullptr, at_.hidden,
+        return norm<float>({at_.hidden, nullptr, weight, at_.normal, after ? sums_ : nullptr, at_.hidden,
                             last ? m_.seq_lens : nullptr, last ? m_.batch : tokens_, tokens_, m_.width, 0, m_.length, 1,
                             m_.width, m_.eps});
     }
@@ -304,7 +305,7 @@ class Prompt {
     const cudaStream_t stream_;
     const int64_t tokens_ = rows_of(m_);
     const bool by_rows_ = is_rows(m_);
-    const bool apart_ = by_rows_ || has_sums(m_);  // whether out_proj comes in several sums
+    float* const sums_ = by_rows_ || has_sums(m_) ? at_.sums : nullptr;  // where out_proj comes in several
     Device device_;
 };
 

@@ -500,7 +500,7 @@ class TensorRTBackend:
 
     def _enqueue_prompt(self, rows: int, width: int, states: Mapping[str, int]) -> None:
         """Read what is in place, from a CUDA graph if such rows came twice before."""
-        key = (width, rows, *states.values())  # as _bind() has it
+        key = _binding(rows, width, states)
         if (graph := self._prompts.get(key)) is not None:
             self._prompts.move_to_end(key)
             graph.launch()
@@ -547,7 +547,7 @@ class TensorRTBackend:
 
     def _bind(self, profile: int, batch: int, seq: int, states: Mapping[str, int]) -> None:
         """Give a context its shapes and addresses; a state goes out where it came in."""
-        key = (seq, batch, *states.values())
+        key = _binding(batch, seq, states)
         before = self._bound.get(profile, ())
         if before == key:
             return
@@ -592,6 +592,11 @@ class TensorRTBackend:
             self._state.is_lost = True
         self._state = None
         self._cleanup.close()
+
+
+def _binding(batch: int, seq: int, states: Mapping[str, int]) -> tuple[int, ...]:
+    """What a call depends on besides its values; the number of tokens first."""
+    return (seq, batch, *states.values())
 
 
 def load_engine(trt: TensorRT, log: Any, path: Path) -> Any:

@@ -593,8 +593,8 @@ def test_python_launches_what_the_compiled_prompt_does(library):
         (call, layers), device = random_prompt(draw), of_driver(library, draw.choice(DEVICES))
         if call.inner > 1 << 15 or call.batch * call.length * max(call.outputs, call.width) >= 1 << 31:
             continue  # refused, or more than a GPU's memory
-        if launches_rows.is_rows(call, device):
-            continue  # test_a_short_prompt_is_by_rows_kernel has them; of these sizes most would be refused
+        if launches_rows.is_rows(call, device) and (call.rank + 2 * call.state_size) % 8:
+            continue  # refused too; test_a_short_prompt_is_by_rows_kernel has sizes that are not
         planned = launches_prompt.prompt(call, WORKSPACE, device)
         shown = {name: getattr(call, name) for name, _ in call._fields_}, bytes(layers), device
         for i, (found, p) in enumerate(zip(recorded(library, "prompt", call, device, planned), planned, strict=True)):
