@@ -127,6 +127,7 @@ def build_engine(
             "build_seconds": answer["build_seconds"],
             "weights": answer["weights"],
             "fused": answer["fused"],
+            "pending": answer["pending"],
             "layers": answer["layers"],
         }
         return add_engine(bundle, backend, Path(folder) / "engine", facts)

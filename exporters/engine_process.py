@@ -18,7 +18,7 @@ from typing import Any
 from mamba_deploy.bundle import Bundle
 from mamba_deploy.errors import EngineError, MambaDeployError
 from mamba_deploy.exporters.engine_graph import ParserGraph, model_parser_graph, parser_graph
-from mamba_deploy.exporters.model_graph import covers
+from mamba_deploy.exporters.model_graph import covers, pending_words
 from mamba_deploy.plugins.toolchain import gpu_architectures
 from mamba_deploy.runtime.trt import TensorRT, load
 
@@ -72,6 +72,7 @@ def _build(asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "plugin_sources": found.plugin_sources,
         "weights": graph.weights,
         "fused": fused,
+        "pending": pending_words(bundle.config) if fused else 0,
         "layers": layers,
         "build_seconds": round(seconds, 1),
         "architecture": None if found.is_rtx else next(iter(gpu_architectures()), None),

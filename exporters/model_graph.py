@@ -1,7 +1,7 @@
 """The graph of a model that is one operator: what a TensorRT engine is made of, for prompts and single tokens alike.
 
-It takes and gives what model.onnx does, but for ``next_token``, over the same weights. Where a model has what the
-operator's kernels do not cover there is none.
+It takes and gives what model.onnx does, but for ``next_token``, over the same weights, and besides the tokens that
+states do not hold yet. Where a model has what the operator's kernels do not cover there is none.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import onnx
 from onnx import helper
 
 from mamba_deploy.config import MambaConfig
-from mamba_deploy.contract import Contract, TensorSpec
+from mamba_deploy.contract import Contract, TensorSpec, pending_specs
 from mamba_deploy.exporters.functions import DOMAIN, PLUGIN, VERSION, element_type
+from mamba_deploy.plugins.pending import pending_row
 from mamba_deploy.plugins.rules import FLOATS, MAX_LAYERS, ONLY_DTYPE, ONLY_STATE_DTYPE, OPS
+from mamba_deploy.plugins.structs import MambaModel
 
-__all__ = ["covers", "model_graph"]
+__all__ = ["covers", "model_graph", "pending_words"]
 
 _MOST_SHARED = 96_000  # bytes for a row, of every GPU from compute capability 8.0 on; 7.5 has two thirds of that
 _WIDEST = 1 << 15  # of d and D: what the threads of a prompt's norm hold of a row
@@ -64,8 +66,17 @@ def covers(config: MambaConfig, contract: Contract) -> bool:
     return all(width % vector == 0 for width in widths)
 
 
+def pending_words(config: MambaConfig) -> int:
+    """Float32 values of a row of what is pending; 0 where nothing ever is: of Mamba."""
+    if config.generation == "mamba":
+        return 0
+    c = config
+    sizes = {"heads": c.n_heads, "head_dim": c.head_dim, "groups": c.n_groups, "state_size": c.d_state}
+    return pending_row(MambaModel(layers=c.n_layer, **sizes))
+
+
 def model_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract) -> onnx.ModelProto:
-    """The graph, of one node: inputs and outputs of the contract, but ``next_token``.
+    """The graph, of one node: inputs and outputs of the contract, but ``next_token``, and :func:`pending_specs`.
 
     Args:
         model: ``model.onnx``, whose weights it refers to, loaded without them.
@@ -79,13 +90,14 @@ def model_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract)
     op = OPS[op_type]
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     head = "" if config.tie_embeddings else "lm_head.weight"
-    inputs = ["input_ids", "seq_lens", "embedding.weight", "norm_f.weight", head]
+    pending = pending_specs(pending_words(config))
+    inputs = ["input_ids", "seq_lens", "embedding.weight", "norm_f.weight", head, *(spec.name for spec in pending[:1])]
     for i in range(config.n_layer):
         for tensor in op.layer_inputs:
             state, weight = f"{tensor.name}.{i}", f"layers.{i}.{_WEIGHTS.get(tensor.name, '')}"
             is_there = weight in weights or not tensor.optional
             inputs.append(state if tensor.name not in _WEIGHTS else weight if is_there else "")
-    outputs = ["logits", *(f"{tensor.name}.{i}" for i in range(config.n_layer) for tensor in op.layer_outputs)]
+    of_layers = [f"{tensor.name}.{i}" for i in range(config.n_layer) for tensor in op.layer_outputs]
     values: dict[str, Any] = {
         "layers": config.n_layer,
         "eps": config.norm_eps,
@@ -98,13 +110,16 @@ def model_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract)
         ONLY_STATE_DTYPE: FLOATS.index(contract.state_dtype),
     }
     attributes = {name: values[name] for name in op.attributes}
+    outputs = ["logits", *(spec.name for spec in pending[1:]), *of_layers]
     node = helper.make_node(op_type, inputs, outputs, name="node_model", domain=DOMAIN, **attributes, **PLUGIN)
-    own = {spec.name for spec in contract.inputs}
+    taken = [*contract.inputs, *pending[:1]]
+    given = [*(spec for spec in contract.outputs if spec.role != "next_token"), *pending[1:]]
+    own = {spec.name for spec in taken}
     graph = helper.make_graph(
         [node],
         "model",
-        [_value(spec) for spec in contract.inputs],
-        [_value(spec) for spec in contract.outputs if spec.role != "next_token"],
+        [_value(spec) for spec in taken],
+        [_value(spec) for spec in given],
         [weights[name] for name in inputs if name and name not in own],
     )
     opset = next(entry.version for entry in model.opset_import if entry.domain == "")

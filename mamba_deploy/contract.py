@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mamba_deploy.config import MambaConfig
 
-__all__ = ["Contract", "TensorSpec", "from_float32", "numpy_dtype", "to_float32"]
+__all__ = ["Contract", "TensorSpec", "from_float32", "numpy_dtype", "pending_specs", "to_float32"]
 
 DType = Literal["float32", "float16", "bfloat16", "int32"]
 Role = Literal["tokens", "lengths", "state", "logits", "next_token"]
@@ -107,6 +107,24 @@ class Contract:
             {"name": t.name, "direction": t.direction, "dtype": t.dtype, "axes": list(t.axes), "role": t.role}
             for t in self.tensors
         ]
+
+
+def pending_specs(words: int) -> tuple[TensorSpec, ...]:
+    """What an engine of one operator takes and gives besides: the tokens of each row that its ssm_state lacks.
+
+    It goes out where it came in, as states do, is part of the state, and zeros at first; nothing is pending after a
+    prompt, or a step in which the row reads nothing.
+
+    Args:
+        words: Of a row; 0: there are no such tensors.
+    """
+    if not words:
+        return ()
+    axes = ("batch", words)
+    return (
+        TensorSpec("pending", "in", "float32", axes, "state", partner="pending_out"),
+        TensorSpec("pending_out", "out", "float32", axes, "state", partner="pending"),
+    )
 
 
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32}

@@ -1,7 +1,8 @@
 """The least a step and a prompt can cost: bytes to move and operations to do, from the config alone.
 
 Decode reads every weight once a token and every state once, and writes every state; a prompt is bound by its products.
-A step can take no less than bytes / bandwidth, whatever the code.
+A step can take no less than bytes / bandwidth, but where it writes states once in some tokens, as engines of Mamba-2 do
+with many rows (``plugins/pending.cuh``): they are measured against the same bytes, and may come below.
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ def model_arguments(kind: str, layers: int) -> list[Argument]:
     """Of an operator of a whole model. The state of a layer comes first, as it has every factor of H*P."""
     rule = OPS[kind]
     arguments = [Argument(tensor.name, tensor.name, tensor) for tensor in rule.inputs]
-    arguments += [Argument(tensor.name, tensor.name, tensor, output=True) for tensor in rule.outputs]
+    for tensor in rule.outputs:
+        state = tensor.name.removesuffix("_out") if tensor.name.endswith("_out") else ""
+        arguments.append(Argument(tensor.name, tensor.name, tensor, output=True, may_be=state))
     for i in range(layers):
         own = f"layers[{i}]."
         inputs = [Argument(own + tensor.name, tensor.name, tensor) for tensor in rule.layer_inputs]
@@ -100,7 +102,7 @@ SIGNATURES["model"] = Signature(
     MambaModel,
     {**OPS["MambaModel"].sizes, **OPS["Mamba2Model"].sizes, "layers": "layers"},
     (),
-    frozenset(("inner", "rank", "heads", "head_dim", "groups")),
+    frozenset(("inner", "rank", "heads", "head_dim", "groups", "pending_row")),
 )
 # No operator of a graph, so ``rules`` has not heard of it.
 SIGNATURES["sample_token"] = Signature(

@@ -29,6 +29,7 @@ from mamba_deploy.plugins.arguments import (
     model_arguments,
 )
 from mamba_deploy.plugins.arrays import Array, as_array, check_devices, check_overlap, stream_handle
+from mamba_deploy.plugins.pending import pending_row
 from mamba_deploy.plugins.rules import OPS
 from mamba_deploy.plugins.structs import ACTIVATIONS, DTYPES, MambaLayer, MambaModel, pointers
 
@@ -97,15 +98,19 @@ class Kernels:
             raise PluginError(
                 f"the kernels library {path} cannot be loaded: {error}", hint="mamba-deploy plugin build --kernels-only"
             ) from error
+        functions: list[tuple[str, list[Any], Any]] = [
+            ("mamba_pending_row", [ctypes.POINTER(MambaModel)], ctypes.c_int32)
+        ]
         for name, op in SIGNATURES.items():
-            for symbol, arguments, result in (
+            functions += [
                 (f"mamba_{name}", [ctypes.POINTER(op.struct), c_void_p, c_void_p], ctypes.c_int),
                 (f"mamba_{name}_workspace", [ctypes.POINTER(op.struct)], ctypes.c_size_t),
-            ):
-                function = getattr(self._library, symbol, None)
-                if function is None:
-                    raise PluginError(f"{path} is not a library of the kernels: it has no function {symbol}")
-                function.argtypes, function.restype = arguments, result
+            ]
+        for symbol, taken, result in functions:
+            function = getattr(self._library, symbol, None)
+            if function is None:
+                raise PluginError(f"{path} is not a library of the kernels: it has no function {symbol}")
+            function.argtypes, function.restype = taken, result
 
     def causal_conv1d(
         self,
@@ -355,6 +360,8 @@ class Kernels:
         n_groups: int = 1,
         *,
         logits: Any,
+        pending: Any = None,
+        pending_out: Any = None,
         workspace: Any = None,
         stream: Any = 0,
         dtype: str | None = None,
@@ -377,6 +384,10 @@ class Kernels:
             n_groups: G.
             logits: float32 [B, V], at the last token that each row uses, or [B, L, V]. NaN where, in the one kernel
                 for a row's token on compute capability 9.0, below d 2048, a block's share of a sum is 65536 or more.
+            pending: Mamba-2 alone; float32 [B, :meth:`pending_row`], zeros at first: tokens that ssm_state does not
+                hold yet. With it a step whose states go out where they came in may write ssm_state once in a few
+                tokens: it is part of the state from then on. None: ssm_state holds all tokens.
+            pending_out: Where it goes out; None: where it came in.
             workspace: As in every call, like the next three; dtype is that of the embedding.
             stream: A number or a stream.
             dtype: float32, float16 or bfloat16.
@@ -389,6 +400,8 @@ class Kernels:
         is_mamba2 = layers[0].get("x_proj") is None
         kind = "Mamba2Model" if is_mamba2 else "MambaModel"
         arguments = model_arguments(kind, len(layers))
+        if pending is None:
+            arguments = [argument for argument in arguments if argument.tensor.axes != ("B", "Q")]
         own: dict[str, Any] = {
             "input_ids": input_ids,
             "seq_lens": seq_lens,
@@ -397,6 +410,8 @@ class Kernels:
             "head": head,
             "logits": logits,
         }
+        if pending is not None:
+            own |= {"pending": pending, "pending_out": pending if pending_out is None else pending_out}
         for i, layer in enumerate(layers):
             own.update((f"layers[{i}].{name}", value) for name, value in layer.items() if value is not None)
         if unknown := own.keys() - {argument.name for argument in arguments}:
@@ -492,17 +507,14 @@ class Kernels:
             **sizes: Every size in the op's struct by its name there: batch, length, channels and so on; of ``model``
                 those of Mamba, or of Mamba-2 without ``inner``.
         """
-        if op not in SIGNATURES:
-            raise PluginError(f"op is {op!r}: expected one of {', '.join(SIGNATURES)}")
-        names = list(SIGNATURES[op].sizes.values())
-        if not set(names) - SIGNATURES[op].optional_sizes <= sizes.keys() <= set(names):
-            raise PluginError(f"{op} was given the sizes {', '.join(sizes)}: expected {', '.join(names)}")
-        check_sizes({symbol: sizes[name] for symbol, name in SIGNATURES[op].sizes.items() if name in sizes})
-        call = SIGNATURES[op].struct(**sizes)
-        if isinstance(call, MambaModel) and call.heads:
-            call.inner = call.heads * call.head_dim
-        _set_dtypes(call, check_dtype_name("dtype", dtype), check_dtype_name("state_dtype", state_dtype))
-        return self._workspace_bytes(op, call)
+        return self._workspace_bytes(op, _sized(op, dtype, state_dtype, sizes))
+
+    def pending_row(self, *, dtype: str = "float32", **sizes: int) -> int:
+        """Of :meth:`model`: how many float32 values a row of ``pending`` has. Sizes as for :meth:`workspace_bytes`."""
+        return self._pending_row(_sized("model", dtype, "float32", sizes))
+
+    def _pending_row(self, call: ctypes.Structure) -> int:
+        return int(self._library.mamba_pending_row(ctypes.byref(call)))
 
     def _workspace_bytes(self, op: str, call: ctypes.Structure) -> int:
         return int(getattr(self._library, f"mamba_{op}_workspace")(ctypes.byref(call)))
@@ -572,9 +584,27 @@ class RuntimeKernels(Kernels):
     def _workspace_bytes(self, op: str, call: ctypes.Structure) -> int:
         return self._launches.workspace_bytes(op, call)
 
+    def _pending_row(self, call: ctypes.Structure) -> int:
+        return pending_row(call)
+
     def _launch(self, op: str, call: ctypes.Structure, workspace: int, stream: int) -> None:
         device = self._nvrtc.current_device()
         self._nvrtc.launch(getattr(self._launches, op)(call, workspace, device), device, stream)
+
+
+def _sized(op: str, dtype: str, state_dtype: str, sizes: Mapping[str, int]) -> ctypes.Structure:
+    """The struct of a call of these sizes, without addresses."""
+    if op not in SIGNATURES:
+        raise PluginError(f"op is {op!r}: expected one of {', '.join(SIGNATURES)}")
+    names = list(SIGNATURES[op].sizes.values())
+    if not set(names) - SIGNATURES[op].optional_sizes <= sizes.keys() <= set(names):
+        raise PluginError(f"{op} was given the sizes {', '.join(sizes)}: expected {', '.join(names)}")
+    check_sizes({symbol: sizes[name] for symbol, name in SIGNATURES[op].sizes.items() if name in sizes})
+    call = SIGNATURES[op].struct(**sizes)
+    if isinstance(call, MambaModel) and call.heads:
+        call.inner = call.heads * call.head_dim
+    _set_dtypes(call, check_dtype_name("dtype", dtype), check_dtype_name("state_dtype", state_dtype))
+    return call
 
 
 def _set_dtypes(call: ctypes.Structure, dtype: str, state_dtype: str) -> None:

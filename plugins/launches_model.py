@@ -9,6 +9,7 @@ from mamba_deploy.plugins import launches_parts, launches_prompt, launches_rows,
 from mamba_deploy.plugins.launches_common import BYTES, ceil_div
 from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
 from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.pending import settle
 from mamba_deploy.plugins.structs import MambaHead, MambaInProj, MambaLayer, MambaOutProj
 
 __all__ = ["model", "workspace_bytes"]
@@ -19,9 +20,10 @@ _CHAIN_ROWS = 2
 def model(call: Any, workspace: int, device: Device) -> list[Any]:
     """As the launcher in ``model.cu``: call is its struct, workspace an address."""
     if launches_token.is_token(call, device):
-        return launches_token.token_of_row(call, workspace, device)
-    is_prompt = _is_wide(call) or launches_rows.is_rows(call, device)
-    return (launches_prompt.prompt if is_prompt else _chain)(call, workspace, device)
+        plan: Callable[[Any, int, Device], list[Any]] = launches_token.token_of_row
+    else:
+        plan = launches_prompt.prompt if _is_wide(call) or launches_rows.is_rows(call, device) else _chain
+    return [*settle(call), *plan(call, workspace, device)]
 
 
 def workspace_bytes(call: Any) -> int:
@@ -72,7 +74,8 @@ def _buffers(c: Any, workspace: int) -> _Buffers:
 
 def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
     at = _buffers(c, workspace)
-    launches = [launches_parts.embed(c, at.hidden[0])]
+    may_defer = launches_parts.defers(c, device)
+    launches = [launches_parts.embed(c, at.hidden[0], may_defer)]
 
     def run(plan: Callable[[Any, int, Device], list[Launch]], part: Any) -> None:
         launches.extend(plan(part, at.part, device))
@@ -80,7 +83,7 @@ def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
     for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
         before, after = at.hidden[i % 2], at.hidden[(i + 1) % 2]
         run(in_proj, launches_parts.in_proj_of(c, layer, before, at.projected))
-        launches += launches_parts.scan(c, layer, at.projected, at.low, at.y, device)
+        launches += launches_parts.scan(c, i, at.projected, at.low, at.y, device, may_defer)
         groups = c.groups if layer.gate_norm else 1
         run(
             out_proj,

@@ -101,19 +101,19 @@ class _Prompt:
         self.c, self.at, self.device = c, _Buffers(c, workspace), device
         self.tokens, self.item, self.T = c.batch * c.length, BYTES[c.dtype], TYPES[c.dtype]
         self.blas = (self.at.blas, WORKSPACE_BYTES if self.tokens <= MOST_ROWS else LEAST_WORKSPACE_BYTES)
-        self.by_rows = launches_rows.is_rows(c, device)
+        self.by_rows, self.may_defer = launches_rows.is_rows(c, device), parts.defers(c, device)
         of_cublas = c.length == 1 and c.batch <= MOST_ROWS and c.inner % (8 * SUMS) == 0
         self.sums = self.at.sums if self.by_rows or of_cublas else 0  # where out_proj comes in several
         self.found: list[Launch | Gemm] = []
 
     def run(self) -> list[Launch | Gemm]:
         c, at = self.c, self.at
-        self.found.append(parts.embed(c, at.hidden))
+        self.found.append(parts.embed(c, at.hidden, self.may_defer))
         for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
             self._norm_hidden(layer.norm_weight, False, i > 0)
             self._in_proj(layer)
             if c.length == 1:
-                self._step(layer)
+                self._step(i, layer)
             elif c.heads:
                 self._second(layer)
             else:
@@ -179,9 +179,9 @@ class _Prompt:
         sizes = (self.tokens, 0, c.inner, c.outputs, c.length, groups, c.inner // groups, eps)
         self._norm(_Norm(at.y, at.projected, layer.gate_norm, at.y, None, None, None, *sizes), self.T, item)
 
-    def _step(self, layer: Any) -> None:
+    def _step(self, i: int, layer: Any) -> None:
         c, at = self.c, self.at
-        self.found += parts.scan(c, layer, at.projected, at.low, at.y, self.device)
+        self.found += parts.scan(c, i, at.projected, at.low, at.y, self.device, self.may_defer)
         if c.heads and layer.gate_norm:
             sizes = (self.tokens, 0, c.inner, 0, 1, c.groups, c.inner // c.groups, c.eps)
             self._norm(_Norm(at.y, None, layer.gate_norm, at.y, None, None, None, *sizes), self.T, self.item)

@@ -6,11 +6,12 @@ import ctypes
 from ctypes import c_int32, c_int64, c_uint32, c_void_p
 from typing import Any, NamedTuple
 
-from mamba_deploy.plugins.launches_common import BYTES, TYPES, are_aligned, ceil_div, kernel_name
+from mamba_deploy.plugins.launches_common import BYTES, MAX_GRID_Y, TYPES, are_aligned, ceil_div, kernel_name
 from mamba_deploy.plugins.launches_pad import PAD_TOKENS, Copy, pad_launch, padded_size
 from mamba_deploy.plugins.nvrtc import Device, Launch
+from mamba_deploy.plugins.pending import HEAD_WORDS, MOST, Pending
 
-__all__ = ["ssd_scan", "ssd_update", "workspace_floats"]
+__all__ = ["ssd_scan", "ssd_update", "update_defers", "workspace_floats"]
 
 
 def ssd_scan(call: Any, workspace: int, device: Device, rows: tuple[int, int, int] | None = None) -> list[Launch]:
@@ -21,10 +22,11 @@ def ssd_scan(call: Any, workspace: int, device: Device, rows: tuple[int, int, in
     if call.length > 1:
         return _ssd_prompt(call, rows, workspace, device)
     channels, group_row = call.heads * call.head_dim, call.groups * call.state_size
-    return [_ssd_step(call, _Places(call.x, call.B, call.C, call.dt, None, channels, group_row, call.heads, 0))]
+    at = _Places(call.x, call.B, call.C, call.dt, None, channels, group_row, call.heads, 0)
+    return [_ssd_step(call, at)]
 
 
-def ssd_update(call: Any, workspace: int, device: Device) -> list[Launch]:
+def ssd_update(call: Any, workspace: int, device: Device, before: Pending | None = None) -> list[Launch]:
     """As the launcher in ``ssd_scan.cu``: call is its struct; workspace is not used."""
     from mamba_deploy.plugins.structs import MambaSsdScan
 
@@ -37,7 +39,7 @@ def ssd_update(call: Any, workspace: int, device: Device) -> list[Launch]:
         setattr(scan, name, getattr(call, name))
     for name in "A D dt_bias ssm_state seq_lens y ssm_state_out".split():
         setattr(scan, name, getattr(call, name))
-    return [_ssd_step(scan, at)]
+    return [_ssd_step(scan, at) if before is None or not before.marks else _late_step(scan, at, before, device)]
 
 
 class _Places(ctypes.Structure):
@@ -68,7 +70,28 @@ def _ssd_step(call: Any, at: _Places) -> Launch:
     uniform = small and call.head_dim % warp_rows == 0
     types = (TYPES[call.dtype], TYPES[call.state_dtype])
     name = kernel_name("ssd", "step_kernel", *types, vec, lanes, iterations, sets, uniform)
-    return Launch("ssd_step.cuh", name, (ceil_div(ceil_div(rows, warp_rows), warps),), (32 * warps,), 0, (call, at, by))
+    grid = (ceil_div(ceil_div(rows, warp_rows), warps),)
+    return Launch("ssd_step.cuh", name, grid, (32 * warps,), 0, (call, at, by))
+
+
+def update_defers(call: Any, device: Device) -> bool:
+    """Whether a step can leave its tokens pending, and that is faster; call has its sizes."""
+    fills = device.major >= 9 and call.batch <= MAX_GRID_Y and 2 * call.batch * call.heads > 3 * device.multiprocessors
+    return bool(fills and call.head_dim % 4 == 0 and call.state_size * BYTES[call.state_dtype] % 16 == 0)
+
+
+def _late_step(call: Any, at: _Places, before: Pending, device: Device) -> Launch:
+    N, P, item = call.state_size, call.head_dim, BYTES[call.state_dtype]
+    vec, warps = 16 // item, 2 * item
+    lanes = next((n for n in (4, 8, 16, 32) if n * vec >= N), 32)
+    iterations, at_a_time = (2 if item == 4 and N > 128 else 1), warps * 4 * 32 // lanes
+    turns = 2 if 2 * at_a_time * N * item <= warps << 12 else 1
+    rows = min(turns * at_a_time, P)
+    records = (MOST + 1) * (HEAD_WORDS + P + lanes * vec * iterations)
+    shared = rows * N * item + 4 * (records + max(at_a_time - rows, 0))
+    name = kernel_name("ssd", "late_step_kernel", TYPES[call.dtype], TYPES[call.state_dtype], lanes, iterations)
+    grid = (ceil_div(P, rows) * call.heads, call.batch)
+    return Launch("ssd_late.cuh", name, grid, (32 * warps,), shared, (call, at, before, c_int32(rows)))
 
 
 class _Segments(ctypes.Structure):

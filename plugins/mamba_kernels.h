@@ -182,12 +182,18 @@ typedef struct MambaLayer {
     void* ssm_state_out;
 } MambaLayer;
 
+/* `pending`, of Mamba-2: tokens that states do not hold yet. Where it and all states go out where they came in, a step of many
+ * rows may write a row's states once in some tokens, for states are most of what it moves, and keep the others beside them: see
+ * pending.cuh. It is part of the state; zeros are nothing pending. After a call of more tokens than one nothing is, nor in a row
+ * that used none in the last call: make such a call to have ssm_state by itself, or to go on with another number of rows. */
+
 /* The whole model: tokens to logits, of the last token that each row uses or of all. Weights of products, the embedding
  * and the head lie at addresses and have rows that are multiples of 16 bytes. An id out of range reads the nearest row. */
 typedef struct MambaModel {
     int32_t batch, length, layers, width, outputs, channels, conv_width, inner, state_size; /* B, L, n_layer, d, M, C, K, D, N */
     int32_t rank, heads, head_dim, groups, vocab; /* R (0 in Mamba-2), H and P (0 in Mamba), G, V */
     int32_t dtype, state_dtype, skip_per_channel, all_logits;
+    int32_t pending_row;        /* Q, of Mamba-2 with pending; else 0 */
     float eps, norm_eps;        /* of the norms; of Falcon-Mamba's norms in the scan, negative: none */
     float dt_min, dt_max;
     const int32_t* input_ids;   /* [B, L] */
@@ -195,7 +201,9 @@ typedef struct MambaModel {
     const void* embedding;      /* [V, d] T */
     const float* norm_weight;   /* [d], before the head */
     const void* head;           /* [V, d] T; the embedding where they are tied */
+    const float* pending;       /* [B, Q], or null: states hold all tokens */
     float* logits;              /* [B, V], or [B, L, V] */
+    float* pending_out;
     const MambaLayer* each;     /* [n_layer], in host memory, read before the call returns */
 } MambaModel;
 
@@ -231,6 +239,9 @@ size_t mamba_ssd_update_workspace(const MambaSsdUpdate* call);
 size_t mamba_out_proj_workspace(const MambaOutProj* call);
 size_t mamba_head_workspace(const MambaHead* call);
 size_t mamba_model_workspace(const MambaModel* call);
+
+/* Q: how many floats a row of pending has, a multiple of 64; 0 of Mamba. batch and length are not looked at. */
+int32_t mamba_pending_row(const MambaModel* call);
 
 /* stream is a cudaStream_t. An unknown dtype or a size out of range is cudaErrorInvalidValue. mamba_model() opens cuBLAS for
  * prompts and for many rows, which allocates memory of its own when it is first used in a context; where there is none it

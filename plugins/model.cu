@@ -3,6 +3,7 @@
 
 #include "model.h"
 #include "prompt_rows.cuh"
+#include "settle.cuh"
 
 namespace mamba {
 namespace model {
@@ -51,16 +52,18 @@ int chain(const MambaModel& c, void* workspace, cudaStream_t stream) {
     if (workspace == nullptr) return cudaErrorInvalidValue;
     const Buffers at(c, workspace);
     int error = cudaErrorInvalidValue;
-    with_dtype(c.dtype, [&](auto t) { error = embed<decltype(t)>(c, at.hidden[0], stream); });
+    const bool may_defer = defers(c);
+    with_dtype(c.dtype, [&](auto t) { error = embed<decltype(t)>(c, at.hidden[0], may_defer, stream); });
     const auto run = [&](auto launch, const auto& part) {
         if (error == cudaSuccess) error = launch(&part, at.part, stream);
     };
     for (int32_t i = 0; i < c.layers; i++) {
         const MambaLayer& l = c.each[i];
         float* const before = at.hidden[i % 2];
+        const pending::Pending late = may_defer ? pending_of(c, i) : pending::Pending{};
         run(mamba_in_proj, in_proj(c, l, before, at.projected));
         if (is_mamba2(c)) {
-            run(mamba_ssd_update, ssd_update(c, l, at.projected, at.y));
+            if (error == cudaSuccess) error = ssd_update_pending(ssd_update(c, l, at.projected, at.y), late, stream);
         } else {
             run(mamba_x_proj, x_proj(c, l, at.projected, at.low));
             const MambaSelectiveUpdate update = selective_update(c, l, at.projected, at.low, at.y);
@@ -114,8 +117,51 @@ bool is_wide(const MambaModel& c) {
     return c.length > 1 || (c.batch > kChainRows && work >= from);
 }
 
+// --- what is pending
+
+int64_t record_words(const MambaModel& c) {
+    return ceil_div(c.heads * (pending::kHeadWords + c.head_dim) + int64_t{c.groups} * c.state_size, 4) * 4;
+}
+
+int64_t pending_row(const MambaModel& c) {
+    return is_mamba2(c) ? ceil_div(pending::kMarkWords + c.layers * pending::kMost * record_words(c), 64) * 64 : 0;
+}
+
+bool is_in_place(const MambaModel& c) {
+    return c.pending == c.pending_out && std::all_of(c.each, c.each + c.layers, [](const MambaLayer& l) {
+               return l.ssm_state == l.ssm_state_out;
+           });
+}
+
+// What comes before a call that does not look at what is pending.
+cudaError_t settle(const MambaModel& c, cudaStream_t stream) {
+    if (c.layers > pending::kSettleLayers || c.pending_out == nullptr || c.pending_row < pending_row(c)) {
+        return cudaErrorInvalidValue;
+    }
+    pending::Settle a{};
+    a.marks = reinterpret_cast<const uint32_t*>(c.pending), a.records = c.pending + pending::kMarkWords;
+    a.row = c.pending_row, a.record = static_cast<int32_t>(record_words(c));
+    a.batch = c.batch, a.heads = c.heads, a.head_dim = c.head_dim, a.state_size = c.state_size, a.groups = c.groups;
+    a.state_dtype = c.state_dtype;
+    for (int32_t i = 0; i < c.layers; i++) a.states[i] = const_cast<void*>(c.each[i].ssm_state);
+    const dim3 grid(pending::kSettleBlocks, static_cast<unsigned>(c.layers),
+                    static_cast<unsigned>(std::min(c.batch, pending::kSettleRows)));
+    pending::settle_kernel<<<grid, pending::kSettleThreads, 0, stream>>>(a);
+    const unsigned blocks = static_cast<unsigned>(ceil_div(c.batch, pending::kSettleThreads));
+    for (float* const marks : {const_cast<float*>(c.pending), c.pending_out}) {
+        pending::clear_marks_kernel<<<blocks, pending::kSettleThreads, 0, stream>>>(
+            reinterpret_cast<uint32_t*>(marks), c.pending_row, c.batch);
+        if (c.pending == c.pending_out) break;
+    }
+    return cudaGetLastError();
+}
+
 int run(const MambaModel& c, void* workspace, cudaStream_t stream) {
     if (!is_valid(c)) return cudaErrorInvalidValue;
+    if (is_mamba2(c) && c.pending != nullptr && (c.length > 1 || !is_in_place(c))) {
+        const cudaError_t error = settle(c, stream);
+        if (error != cudaSuccess) return error;
+    }
     if (is_token(c)) return token_of_row(c, workspace, stream);
     return is_wide(c) || is_rows(c) ? prompt(c, workspace, stream) : chain(c, workspace, stream);
 }
@@ -129,10 +175,26 @@ size_t workspace(const MambaModel& c) {
 }
 
 }  // namespace
+
+bool defers(const MambaModel& c) {
+    return is_mamba2(c) && c.pending != nullptr && c.length == 1 && c.pending_row >= pending_row(c) && is_in_place(c) &&
+           std::all_of(c.each, c.each + c.layers,
+                       [&](const MambaLayer& l) { return ssd_update_defers(ssd_update(c, l, nullptr, nullptr)); });
+}
+
+pending::Pending pending_of(const MambaModel& c, int layer) {
+    const int64_t record = record_words(c), first = pending::kMarkWords + layer * pending::kMost * record;
+    return {reinterpret_cast<uint32_t*>(c.pending_out), c.pending_out + first, c.pending_row, static_cast<int32_t>(record)};
+}
+
 }  // namespace model
 }  // namespace mamba
 
 extern "C" size_t mamba_model_workspace(const MambaModel* call) { return mamba::model::workspace(*call); }
+
+extern "C" int32_t mamba_pending_row(const MambaModel* call) {
+    return static_cast<int32_t>(mamba::model::pending_row(*call));
+}
 
 extern "C" int mamba_model(const MambaModel* call, void* workspace, void* stream) {
     return mamba::model::run(*call, workspace, static_cast<cudaStream_t>(stream));

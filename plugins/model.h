@@ -1,7 +1,7 @@
 // The ways in which MambaModel is run, of which model.cu chooses. Host code alone.
 #pragma once
 
-#include "common.cuh"
+#include "pending.cuh"
 
 namespace mamba {
 namespace model {
@@ -15,6 +15,10 @@ inline int64_t rows_of(const MambaModel& c) { return int64_t{c.batch} * c.length
 size_t prompt_workspace(const MambaModel& call);
 cudaError_t prompt(const MambaModel& call, void* workspace, cudaStream_t stream);
 
+// model.cu: whether a step may leave its tokens pending (pending.cuh), and where they then lie of a layer.
+bool defers(const MambaModel& call);
+pending::Pending pending_of(const MambaModel& call, int layer);
+
 // rows.cu: products of up to kMostRows tokens by its kernel, where they can be and are faster: in_proj, of a single token a row
 // with the convolution, and out_proj in kSums sums [kSums, B, L, d] of as many inputs each. Whether a device can, is_rows() asks
 // besides. Each asks the L2 cache for weights of the product behind it.
@@ -27,6 +31,11 @@ cudaError_t rows_out_proj(const MambaModel& call, int layer, const void* x, floa
 // step.cu: mamba_selective_update() that reads old states before the kernel ahead has ended. What wrote them must have ended
 // before that began.
 cudaError_t selective_update_early(const MambaSelectiveUpdate& call, cudaStream_t stream);
+
+// ssd_scan.cu: mamba_ssd_update() that may leave tokens pending, where it can and that is faster. It reads states, marks and
+// records before the kernel ahead has ended. What wrote them must have ended before that began.
+bool ssd_update_defers(const MambaSsdUpdate& call);
+cudaError_t ssd_update_pending(const MambaSsdUpdate& call, const pending::Pending& before, cudaStream_t stream);
 
 // token.cu: one row's token in one kernel, where that can be and is faster. The workspace is enough for it, whatever the
 // call's batch and length.

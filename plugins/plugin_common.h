@@ -29,7 +29,7 @@ using nvinfer1::PluginFieldType;
 constexpr char const* kVERSION = "1";
 constexpr int kNO_CUBLAS = 303;  // cudaErrorSharedObjectInitFailed, from mamba_model()
 constexpr int32_t kMAX_INPUTS = 19;  // of an operator, those of a layer counted once
-constexpr int32_t kMAX_OUTPUTS = 3;
+constexpr int32_t kMAX_OUTPUTS = 4;
 constexpr int32_t kALL_INPUTS = (1 << kMAX_INPUTS) - 1;
 constexpr int32_t kMAX_LAYERS = 127;  // TensorRT ends the process at more than 256 outputs
 constexpr int32_t kMAX_ATTRIBUTES = 9;
@@ -151,12 +151,13 @@ inline MambaModel model_call(Call const& c) {
     int32_t const inner = is_mamba2 ? c['H'] * c['P'] : c['D'];
     return {c['B'], c['L'], a.layers, c['d'], c['M'], c['C'], c['K'], inner, c['N'],
             is_mamba2 ? 0 : c['R'], is_mamba2 ? c['H'] : 0, is_mamba2 ? c['P'] : 0, a.n_groups, c['V'],
-            c.dtype, c.state_dtype, c.skip_rank == 2, a.all_logits, a.eps, a.norm_eps, a.dt_min, a.dt_max,
+            c.dtype, c.state_dtype, c.skip_rank == 2, a.all_logits, is_mamba2 ? c['Q'] : 0, a.eps, a.norm_eps, a.dt_min, a.dt_max,
             c.integers(0), c.integers(1), c.in[2], c.floats(3), c.in[4] ? c.in[4] : c.in[2],
-            static_cast<float*>(c.out[0]), nullptr};
+            is_mamba2 ? c.floats(5) : nullptr, static_cast<float*>(c.out[0]),
+            is_mamba2 ? static_cast<float*>(c.out[1]) : nullptr, nullptr};
 }
 
-constexpr int32_t kMODEL_INPUTS = 5, kMODEL_OUTPUTS = 1;  // beside those of layers
+constexpr int32_t kMODEL_INPUTS = 5, kMODEL_OUTPUTS = 1, kMODEL2_INPUTS = 6, kMODEL2_OUTPUTS = 2;  // beside those of layers
 constexpr int32_t kLAYER_INPUTS = 14, kLAYER2_INPUTS = 13, kLAYER_OUTPUTS = 2;
 
 inline MambaLayer layer(Call const& c, int32_t i) {
@@ -168,8 +169,8 @@ inline MambaLayer layer(Call const& c, int32_t i) {
 }
 
 inline MambaLayer layer2(Call const& c, int32_t i) {
-    int32_t const at = kMODEL_INPUTS + i * kLAYER2_INPUTS;
-    void* const* const out = c.out + kMODEL_OUTPUTS + i * kLAYER_OUTPUTS;
+    int32_t const at = kMODEL2_INPUTS + i * kLAYER2_INPUTS;
+    void* const* const out = c.out + kMODEL2_OUTPUTS + i * kLAYER_OUTPUTS;
     void const* const* const in = c.in + at;
     return {c.floats(at), in[1], in[2], in[3], in[4], in[5], nullptr, nullptr, c.floats(at + 6), c.floats(at + 7),
             c.floats(at + 8), in[9], c.floats(at + 10), in[11], in[12], out[0], out[1]};
@@ -245,13 +246,14 @@ inline constexpr Op kOPS[] = {
      7, {kLAYERS, kEPS, kNORM_EPS, kALL_LOGITS, kDTYPE, kSTATE_DTYPE, kGIVEN},
      workspace_of<model_call, mamba_model_workspace>, launch_model<layer>, kLAYER_INPUTS, kLAYER_OUTPUTS},
     {"Mamba2Model",
-     18, {{"input_ids", 'I', "BL"}, {"seq_lens", 'I', "B"}, {"embedding", 'T', "Vd"}, {"norm_weight", 'F', "d"},
-          {"head", 'T', "Vd", true},
+     19, {{"input_ids", 'I', "BL"}, {"seq_lens", 'I', "B"}, {"embedding", 'T', "Vd"}, {"norm_weight", 'F', "d"},
+          {"head", 'T', "Vd", true}, {"pending", 'F', "BQ"},
           {"norm_weight", 'F', "d"}, {"in_proj", 'T', "dM"}, {"in_proj_bias", 'T', "M", true}, {"conv_weight", 'T', "CK"},
           {"conv_bias", 'T', "C", true}, {"conv_state", 'T', "BCk"}, {"A", 'F', "H"}, {"D", 'F', "H", true, "HP"},
           {"dt_bias", 'F', "H", true}, {"ssm_state", 'S', "BHPN"}, {"gate_norm", 'F', "i", true}, {"out_proj", 'T', "id"},
           {"out_proj_bias", 'T', "d", true}},
-     3, {{"logits", 'F', "BV", false, "BLV"}, {"conv_state_out", 'T', "BCk"}, {"ssm_state_out", 'S', "BHPN"}},
+     4, {{"logits", 'F', "BV", false, "BLV"}, {"pending_out", 'F', "BQ"}, {"conv_state_out", 'T', "BCk"},
+         {"ssm_state_out", 'S', "BHPN"}},
      9, {kLAYERS, kEPS, kDT_MIN, kDT_MAX, kN_GROUPS, kALL_LOGITS, kDTYPE, kSTATE_DTYPE, kGIVEN},
      workspace_of<model_call, mamba_model_workspace>, launch_model<layer2>, kLAYER2_INPUTS, kLAYER_OUTPUTS},
 };

@@ -109,7 +109,8 @@ class Prompt {
     cudaError_t run() {
         return in_turn([&] { return products_.error(); },
                        [&] { return device_.read(norm_kernel<T, float, 1, kFewValues>); },
-                       [&] { return embed<T>(m_, at_.hidden, stream_); }, [&] { return layers(); }, [&] { return head(); });
+                       [&] { return embed<T>(m_, at_.hidden, may_defer_, stream_); }, [&] { return layers(); },
+                       [&] { return head(); });
     }
 
   private:
@@ -122,7 +123,7 @@ class Prompt {
             error = in_turn([&] { return norm_hidden(layer.norm_weight, false, i > 0); },
                             [&] { return in_proj(layer); },
                             [&] {
-                                return m_.length == 1 ? step(layer) : is_mamba2(m_) ? second(layer) : first(layer);
+                                return m_.length == 1 ? step(i) : is_mamba2(m_) ? second(layer) : first(layer);
                             },
                             [&] { return out_proj(i); });
         }
@@ -156,17 +157,16 @@ class Prompt {
     }
 
     // The scan of a single token, as in the chain of model.cu.
-    cudaError_t step(const MambaLayer& layer) const {
-        const auto run = [&](auto launch, const auto& part) {
-            return static_cast<cudaError_t>(launch(&part, nullptr, stream_));
-        };
+    cudaError_t step(int i) const {
+        const MambaLayer& layer = m_.each[i];
         if (!is_mamba2(m_)) {
-            return in_turn([&] { return run(mamba_x_proj, x_proj(m_, layer, at_.projected, at_.low)); }, [&] {
-                const auto update = selective_update(m_, layer, at_.projected, at_.low, at_.y);
-                return selective_update_early(update, stream_);
+            const MambaXProj low = x_proj(m_, layer, at_.projected, at_.low);
+            return in_turn([&] { return static_cast<cudaError_t>(mamba_x_proj(&low, nullptr, stream_)); }, [&] {
+                return selective_update_early(selective_update(m_, layer, at_.projected, at_.low, at_.y), stream_);
             });
         }
-        return in_turn([&] { return run(mamba_ssd_update, ssd_update(m_, layer, at_.projected, at_.y)); }, [&] {
+        const pending::Pending late = may_defer_ ? pending_of(m_, i) : pending::Pending{};
+        return in_turn([&] { return ssd_update_pending(ssd_update(m_, layer, at_.projected, at_.y), late, stream_); }, [&] {
             if (layer.gate_norm == nullptr) return cudaSuccess;
             return norm<T>({at_.y, nullptr, layer.gate_norm, at_.y, nullptr, nullptr, nullptr, tokens_, 0, m_.inner, 0, 1,
                             m_.groups, m_.inner / m_.groups, m_.eps});
@@ -305,6 +305,7 @@ class Prompt {
     const cudaStream_t stream_;
     const int64_t tokens_ = rows_of(m_);
     const bool by_rows_ = is_rows(m_);
+    const bool may_defer_ = defers(m_);
     float* const sums_ = by_rows_ || has_sums(m_) ? at_.sums : nullptr;  // where out_proj comes in several
     Device device_;
 };

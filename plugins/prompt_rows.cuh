@@ -2,7 +2,7 @@
 // by memory; a row is read once and stays in registers.
 #pragma once
 
-#include "step_common.cuh"
+#include "pending.cuh"
 
 namespace mamba {
 namespace model {
@@ -14,11 +14,17 @@ constexpr int kSums = 4;             // in which a product of few rows may come
 constexpr int kMostNormWarps = 32;   // of a row
 constexpr int kRowThreads = 128, kPartWarps = 4;
 
-// hidden[row] = embedding[ids[row]]; an id out of range names the nearest that is not.
+// hidden[row] = embedding[ids[row]]; an id out of range names the nearest that is not. With marks (pending.cuh), of a single
+// token a row, each becomes that of this step.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kRowThreads)
-    embed_rows_kernel(const int32_t* ids, const T* embedding, float* hidden, int vocab, int width) {
+__global__ void __launch_bounds__(kRowThreads) embed_rows_kernel(
+    const int32_t* ids, const T* embedding, float* hidden, int vocab, int width, uint32_t* marks, const int32_t* seq_lens,
+    int mark_row) {
     const int64_t row = blockIdx.x;
+    if (marks != nullptr && threadIdx.x == 0) {
+        uint32_t& mark = marks[row * mark_row];
+        mark = pending::next_mark(mark, seq_lens[row] > 0, static_cast<int>(row));
+    }
     const int64_t id = min(max(ids[row], 0), vocab - 1);
     for (int c = threadIdx.x * VEC; c < width; c += kRowThreads * VEC) {
         float values[VEC];
@@ -37,14 +43,15 @@ __global__ void __launch_bounds__(kRowThreads)
 
 #ifndef MAMBA_KERNELS_ONLY
 
-// The rows that a call's tokens name, [B, L, d].
+// The rows that a call's tokens name, [B, L, d]; and the marks of a step that may leave them pending.
 template <typename T>
-cudaError_t embed(const MambaModel& m, float* hidden, cudaStream_t stream) {
+cudaError_t embed(const MambaModel& m, float* hidden, bool defers, cudaStream_t stream) {
     constexpr int kVec = 16 / sizeof(T);
     const bool vectors = m.width % kVec == 0 && is_aligned(m.embedding, 16);
     const auto kernel = vectors ? embed_rows_kernel<T, kVec> : embed_rows_kernel<T, 1>;
     kernel<<<static_cast<unsigned>(int64_t{m.batch} * m.length), kRowThreads, 0, stream>>>(
-        m.input_ids, static_cast<const T*>(m.embedding), hidden, m.vocab, m.width);
+        m.input_ids, static_cast<const T*>(m.embedding), hidden, m.vocab, m.width,
+        defers ? reinterpret_cast<uint32_t*>(m.pending_out) : nullptr, m.seq_lens, m.pending_row);
     return cudaGetLastError();
 }
 

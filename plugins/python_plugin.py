@@ -155,7 +155,7 @@ def creators(trt: ModuleType, kernels: Kernels) -> list[Any]:
             needed = _workspace_bytes(kernels, node, node.sizes(shapes), of_call)
             values, options = node.by_slot(arrays), dict(zip(("y", "state_out"), results, strict=False))
             if node.op.layer_inputs:
-                values, options = _with_layers(node, values, results)
+                values, options = [], _with_layers(node, values, results)
                 attributes = {name: value for name, value in attributes.items() if name not in OF_GRAPH}
             call = getattr(kernels, node.op.kernel)
             call(*values, **attributes, **options, **of_call, workspace=(workspace, needed), stream=stream)
@@ -197,16 +197,16 @@ def _expressions(trt: ModuleType, elements: Sequence[Any]) -> Any:
     return shape
 
 
-def _with_layers(node: Node, values: Sequence[Any], results: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Inputs and outputs of an operator with layers as ``Kernels`` takes them: a layer's by name."""
+def _with_layers(node: Node, values: Sequence[Any], results: Sequence[Any]) -> dict[str, Any]:
+    """Inputs and outputs of an operator with layers as ``Kernels`` takes them, by name."""
     op, inputs, outputs = node.op, iter(values), iter(results)
-    before, options = [next(inputs) for _ in op.inputs], {tensor.name: next(outputs) for tensor in op.outputs}
+    own = {tensor.name: next(inputs) for tensor in op.inputs} | {tensor.name: next(outputs) for tensor in op.outputs}
     layers = [
         {tensor.name: next(inputs) for tensor in op.layer_inputs}
         | {tensor.name: next(outputs) for tensor in op.layer_outputs}
         for _ in range(node.attributes["layers"])
     ]
-    return [*before, layers], options
+    return {**own, "layers": layers}
 
 
 def _dtypes(node: Node, dtypes: Sequence[str]) -> dict[str, str]:

@@ -159,10 +159,10 @@ OPS: Mapping[str, Op] = {
     ),
     "Mamba2Model": Op(
         "model",
-        parse_tensors(_MODEL_INPUTS),
-        parse_tensors("logits:float32:B,V|B,L,V"),
+        parse_tensors(f"{_MODEL_INPUTS} pending:float32:B,Q"),
+        parse_tensors("logits:float32:B,V|B,L,V pending_out:float32:B,Q"),
         {"layers": 1, "eps": 1e-5, "dt_min": 0.0, "dt_max": math.inf, "n_groups": 1, "all_logits": 0, **_ONLY},
-        {**_MODEL_SIZES, "H": "heads", "P": "head_dim", "G": "groups"},
+        {**_MODEL_SIZES, "H": "heads", "P": "head_dim", "G": "groups", "Q": "pending_row"},
         parse_tensors(
             f"{_BEFORE_SCAN} A:float32:H D?:float32:H|H,P dt_bias?:float32:H ssm_state:S:B,H,P,N "
             "gate_norm?:float32:H*P out_proj:T:H*P,d out_proj_bias?:T:d"

@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <climits>
 
+#include "model.h"
 #include "pad.cuh"
 #include "ssd_helped.cuh"
 #include "ssd_recurrent.cuh"
+#include "ssd_late.cuh"
 #include "ssd_step.cuh"
 #include "step_common.cuh"
 
@@ -152,6 +154,33 @@ cudaError_t step(const StepCall<T>& call) {
     if (N <= 64) return step<T, S, 1, 16, 4>(call);
     if (N <= 128) return step<T, S, 1, 32, 4>(call);
     return step<T, S, 1, 32, 8>(call);
+}
+
+// --- one token, with tokens that are pending
+
+template <typename T, typename S, int LANES, int ITERS = 1>
+cudaError_t late_step(const StepCall<T>& call, const pending::Pending& before) {
+    const MambaSsdScan& a = call.a;
+    constexpr int kItem = sizeof(S), kMost = kLateWarps<S> << 12;  // bytes of a block's states where it takes several turns
+    const int turns = kLateTurns * kLateRows<S, LANES> * a.state_size * kItem <= kMost ? kLateTurns : 1;
+    const int rows = std::min(turns * kLateRows<S, LANES>, a.head_dim);
+    const int shared = late_bytes(a, rows, kItem, LANES * ITERS * 16 / kItem, kLateRows<S, LANES>);
+    const auto kernel = late_step_kernel<T, S, LANES, ITERS>;
+    const cudaError_t allowed = allow_shared(kernel, shared);
+    if (allowed != cudaSuccess) return allowed;
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.head_dim, rows) * a.heads), static_cast<unsigned>(a.batch));
+    return launch_early(kernel, grid, 32 * kLateWarps<S>, shared, 1, call.early, call.stream, a, call.at, before, int(rows));
+}
+
+template <typename T, typename S>
+cudaError_t late_step(const StepCall<T>& call, const pending::Pending& before) {
+    constexpr int kVec = 16 / sizeof(S);
+    const int N = call.a.state_size;
+    if (N <= 4 * kVec) return late_step<T, S, 4>(call, before);
+    if (N <= 8 * kVec) return late_step<T, S, 8>(call, before);
+    if (N <= 16 * kVec) return late_step<T, S, 16>(call, before);
+    if (N <= 32 * kVec) return late_step<T, S, 32>(call, before);
+    return late_step<T, S, 32, sizeof(S) == 4 ? 2 : 1>(call, before);
 }
 
 // --- prompts
@@ -432,7 +461,7 @@ cudaError_t scan(const MambaSsdScan& a, const Rows& rows, void* workspace, cudaS
 
 // Of a row of the projection: z, x, B, C, dt side by side.
 template <typename T>
-cudaError_t step(const MambaSsdUpdate& c, cudaStream_t stream) {
+cudaError_t step(const MambaSsdUpdate& c, const pending::Pending& before, cudaStream_t stream) {
     Device device;
     cudaError_t error = device.read(pass_states_kernel);
     if (error != cudaSuccess) return error;
@@ -452,7 +481,10 @@ cudaError_t step(const MambaSsdUpdate& c, cudaStream_t stream) {
     }
     const StepCall<T> call = {a, at, true, device.major >= 9, stream};
     error = cudaErrorInvalidValue;
-    with_dtype(c.state_dtype, [&](auto s) { error = step<T, decltype(s)>(call); });
+    with_dtype(c.state_dtype, [&](auto s) {
+        using S = decltype(s);
+        error = before.marks == nullptr ? step<T, S>(call) : late_step<T, S>(call, before);
+    });
     return error;
 }
 
@@ -469,6 +501,21 @@ cudaError_t run(const MambaSsdScan& a, const Rows& rows, void* workspace, cudaSt
 }
 
 }  // namespace ssd
+
+// Of few heads a block each does not fill the device (samples/results/step.txt, 146).
+bool model::ssd_update_defers(const MambaSsdUpdate& call) {
+    Device device;
+    return device.read(ssd::pass_states_kernel) == cudaSuccess && device.major >= 9 && call.batch <= 65535 &&
+           2 * int64_t{call.batch} * call.heads > 3 * int64_t{device.multiprocessors} && call.head_dim % 4 == 0 &&
+           call.state_size * item_bytes(call.state_dtype) % 16 == 0 && is_aligned(call.ssm_state, 16);
+}
+
+cudaError_t model::ssd_update_pending(const MambaSsdUpdate& call, const pending::Pending& before, cudaStream_t stream) {
+    cudaError_t error = cudaErrorInvalidValue;
+    with_dtype(call.dtype, [&](auto t) { error = ssd::step<decltype(t)>(call, before, stream); });
+    return error;
+}
+
 }  // namespace mamba
 
 extern "C" size_t mamba_ssd_scan_workspace(const MambaSsdScan* call) {
@@ -485,9 +532,5 @@ extern "C" int mamba_ssd_scan(const MambaSsdScan* call, void* workspace, void* s
 extern "C" size_t mamba_ssd_update_workspace(const MambaSsdUpdate*) { return 0; }
 
 extern "C" int mamba_ssd_update(const MambaSsdUpdate* call, void*, void* stream) {
-    cudaError_t error = cudaErrorInvalidValue;
-    mamba::with_dtype(call->dtype, [&](auto t) {
-        error = mamba::ssd::step<decltype(t)>(*call, static_cast<cudaStream_t>(stream));
-    });
-    return error;
+    return mamba::model::ssd_update_pending(*call, {}, static_cast<cudaStream_t>(stream));
 }

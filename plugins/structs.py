@@ -138,8 +138,8 @@ class MambaModel(ctypes.Structure):
 
     _fields_ = _fields(
         "batch length layers width outputs channels conv_width inner state_size rank heads head_dim groups vocab dtype "
-        "state_dtype skip_per_channel all_logits",
-        "input_ids seq_lens embedding norm_weight head logits each",
+        "state_dtype skip_per_channel all_logits pending_row",
+        "input_ids seq_lens embedding norm_weight head pending logits pending_out each",
         floats="eps norm_eps dt_min dt_max",
     )
 

@@ -7,6 +7,7 @@ captured once for each number of rows, and prompt, a few rows at a time, which i
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
 from collections import OrderedDict
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle
-from mamba_deploy.contract import Contract, TensorSpec, numpy_dtype, to_float32
+from mamba_deploy.contract import Contract, TensorSpec, numpy_dtype, pending_specs, to_float32
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
 from mamba_deploy.runtime.ahead import BLOCK, LOG_STEPS, Ahead
@@ -119,7 +120,8 @@ class TensorRTBackend:
             self._say(f"slower than it should be: {trt.label} made {layers} layers of one operator")
         marked = engine.marked if engine else ()
         left_out = ("next_token",) if fused else ()
-        self._bound_specs = [spec for spec in self._contract.tensors if spec.name not in left_out]
+        pending = pending_specs(facts.get("pending", 0))
+        self._bound_specs = [spec for spec in (*self._contract.tensors, *pending) if spec.name not in left_out]
         _check_tensors(self._engine, self._bound_specs, [*facts["weights"], *marked])
         self._log = log
 
@@ -134,7 +136,7 @@ class TensorRTBackend:
         self._weights = self._upload_weights(bundle, facts["weights"], allocate)
         scratch = trt.memory_bytes(self._engine)
         memory = allocate(scratch, "the engine's scratch memory")
-        self._row_bytes = row_bytes(contract)
+        self._row_bytes = row_bytes([*contract.states, *pending[:1]])
         state = state_bytes(self._row_bytes, self.max_batch)
         self._state_memory = allocate(state, f"the state of {self.max_batch} rows")
         self._spare_memory = allocate(state, "the copy of the state")
@@ -176,6 +178,7 @@ class TensorRTBackend:
             self._contexts.append(context)
         self.device.synchronize()
         self._state: GpuState | None = None
+        self._has_pending = bool(pending)
         self._graphs: dict[Any, Graph] = {}
         # Those of an engine of one operator, in which nothing but its own arguments depends on the length.
         self._capture_prompts = self._use_graphs and fused
@@ -225,7 +228,13 @@ class TensorRTBackend:
         self._state = GpuState(
             self.device, self._contract, self._row_bytes, batch, self._state_memory.address, self._spare_memory.address
         )
+        if self._has_pending:
+            self._state.complete = functools.partial(self._read_nothing, self._state)
         return self._state
+
+    def _read_nothing(self, state: GpuState) -> None:
+        """After this no token is pending: the state's tensors of the contract hold all."""
+        self.run(np.zeros((state.batch, 1), np.int32), np.zeros(state.batch, np.int32), state)
 
     def run(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], state: GpuState) -> NDArray[np.float32]:
         """See the protocol.

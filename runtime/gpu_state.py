@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_deploy.contract import Contract, numpy_dtype
+from mamba_deploy.contract import Contract, TensorSpec, numpy_dtype
 from mamba_deploy.errors import EngineError
 from mamba_deploy.runtime.device import Device, aligned
 from mamba_deploy.runtime.state import Snapshot, check_fits
@@ -16,9 +16,9 @@ from mamba_deploy.runtime.state import Snapshot, check_fits
 __all__ = ["GpuState", "row_bytes", "state_bytes"]
 
 
-def row_bytes(contract: Contract) -> dict[str, int]:
+def row_bytes(states: Sequence[TensorSpec]) -> dict[str, int]:
     """Of one row of each tensor of a state, by name; rows lie one after another."""
-    return {spec.name: math.prod(spec.shape(1)) * numpy_dtype(spec.dtype).itemsize for spec in contract.states}
+    return {spec.name: math.prod(spec.shape(1)) * numpy_dtype(spec.dtype).itemsize for spec in states}
 
 
 def state_bytes(row_bytes: Mapping[str, int], batch: int) -> int:
@@ -30,7 +30,8 @@ class GpuState:
     """The tensors of one batch, one after another in memory that the backend owns.
 
     A call reads and writes each in place. So that one that fails can be taken back, :meth:`checkpoint` keeps a copy
-    beside it, and the backend the single tokens that were read since.
+    beside it, and the backend the single tokens that were read since. Beside the contract's there may be tensors of the
+    engine's own, zeros at first: tokens that the others do not hold yet.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class GpuState:
 
         Args:
             device: Whose memory it is.
-            contract: Names, dtypes and shapes.
-            row_bytes: Of the contract, see :func:`row_bytes`.
+            contract: Names, dtypes and shapes of what snapshots hold.
+            row_bytes: Of all tensors, see :func:`row_bytes`.
             batch: Rows.
             address: Of :func:`state_bytes` bytes.
             spare: Of as many, for the copy.
@@ -56,6 +57,7 @@ class GpuState:
         self.since: list[tuple[NDArray[np.int32], NDArray[np.int32]]] | None = None  # the copy; None: there is none
         self.is_lost = False
         self.behind: Callable[[], None] | None = None  # takes back what runs ahead of the host
+        self.complete: Callable[[], None] | None = None  # has the contract's tensors hold all tokens
         with device:
             device.clear(self._address, self._nbytes)
 
@@ -92,6 +94,8 @@ class GpuState:
     def snapshot(self) -> Snapshot:
         """A copy in host memory."""
         self.check()
+        if self.complete is not None:
+            self.complete()
         arrays = {s.name: np.empty(s.shape(self.batch), numpy_dtype(s.dtype)) for s in self._contract.states}
         with self._device as device:
             for name, array in arrays.items():
@@ -109,7 +113,8 @@ class GpuState:
         if self.behind is not None:
             self.behind()
         with self._device as device:
-            for name, address in self.addresses.items():
-                device.upload(address, np.ascontiguousarray(snapshot.arrays[name]))
+            device.clear(self._address, self._nbytes)
+            for name, array in snapshot.arrays.items():
+                device.upload(self.addresses[name], np.ascontiguousarray(array))
             device.synchronize()
         self.since, self.is_lost = None, False

@@ -148,6 +148,8 @@ class Chain:
         if c.generation == "mamba2":
             del sizes["inner"]  # which the kernels make of the heads
         dtype, of_state = (str(given).removeprefix("torch.") for given in (weight.dtype, state_dtype))
+        words = kernels.pending_row(dtype=dtype, **sizes)
+        self.pending = new(batch, words) if words else None
         needed = kernels.workspace_bytes("model", dtype=dtype, state_dtype=of_state, **sizes)
         self.workspace = new(needed, dtype=torch.uint8)
 
@@ -158,7 +160,7 @@ class Chain:
         limits = () if c.generation == "mamba" else (c.dt_min, c.dt_max, c.n_groups)
         self.kernels.model(
             self.ids, self.lengths, weight, self.model.norm_f.weight, None, self.layers, c.norm_eps, -1.0, *limits,
-            logits=self.logits, workspace=self.workspace, stream=_stream(),
+            logits=self.logits, pending=self.pending, workspace=self.workspace, stream=_stream(),
         )  # fmt: skip
         return self.logits
 
@@ -175,9 +177,8 @@ def _stream() -> int:
 def chain(model: MambaModel, kernels: Any, batch: int, state_dtype: torch.dtype) -> Contender:
     """From a state of zeros on, in a CUDA graph."""
     own = Chain(model, kernels, batch, state_dtype)
-    return captured(
-        own.read, torch.zeros(batch, dtype=torch.long, device="cuda"), STEPS, [*own.conv, *own.ssm], own.choose
-    )
+    states = [*own.conv, *own.ssm, *([] if own.pending is None else [own.pending])]
+    return captured(own.read, torch.zeros(batch, dtype=torch.long, device="cuda"), STEPS, states, own.choose)
 
 
 if __name__ == "__main__":

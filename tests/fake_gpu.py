@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime
 
 from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle, add_engine
-from mamba_deploy.contract import TensorSpec, numpy_dtype
+from mamba_deploy.config import MambaConfig
+from mamba_deploy.contract import TensorSpec, numpy_dtype, pending_specs
 from mamba_deploy.errors import EngineError
 from mamba_deploy.runtime.device import Device
 from mamba_deploy.runtime.sampling import Sampling, _filtered
@@ -200,6 +201,7 @@ class FakeEngine:
             self.weights = weights_of(self.bundle)
             names = {np.dtype(np.float16): "float16", np.dtype(np.float32): "float32"}
             self.tensors |= {n: TensorSpec(n, "in", names[w.dtype], w.shape, "weight") for n, w in self.weights.items()}
+            self.tensors |= {spec.name: spec for spec in pending_specs(self.facts["pending"])}
         axes = ("batch", "seq", self.bundle.config.d_model)
         self.tensors |= {name: TensorSpec(name, "out", "float32", axes, "logits") for name in marked}
         if marked:
@@ -239,6 +241,17 @@ def bound_weights(bundle: Bundle) -> dict[str, list[int]]:
 
     graph = model_parser_graph(bundle.path / PORTABLE, bundle.config, bundle.contract)
     return {name: list(place) for name, place in graph.weights.items()}
+
+
+def pending_words(config: MambaConfig) -> int:
+    """As the engine builder finds them, which needs onnx."""
+    from mamba_deploy.exporters.model_graph import pending_words
+
+    return pending_words(config)
+
+
+def _as_inputs(states: Sequence[TensorSpec], found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {spec.name: found[str(spec.partner)] for spec in states}
 
 
 class FakeContext:
@@ -284,18 +297,42 @@ class FakeContext:
                 there, shape, dtype = places[spec.name]
                 if spec.role == "weight":
                     assert there.tobytes() == self.engine.weights[spec.name].tobytes(), spec.name
+                elif spec.name in ("pending", "pending_out"):
+                    assert addresses["pending"] == addresses["pending_out"]
                 elif spec.direction == "in":
                     feeds[spec.name] = there.view(_ORT_DTYPES[dtype]).reshape(shape).copy()
                 else:
                     outputs.append(spec.name)
             ids = feeds["input_ids"]
             feeds["input_ids"] = np.where((ids < 0) | (ids >= self.engine.bundle.config.vocab_size), 0, ids)
-            for name, value in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
+            found = dict(zip(outputs, self.engine.session.run(outputs, feeds), strict=True))
+            if "pending" in places:
+                found = self.with_pending(places["pending"][0].view(np.float32).reshape(batch, -1), feeds, found)
+            for name, value in found.items():
                 places[name][0][...] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             device.now += seq * device.token_seconds
 
         device.enqueue(work)
         return True
+
+    def with_pending(
+        self, pending: np.ndarray, feeds: dict[str, np.ndarray], found: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """What the engine gives where states lag behind: ``pending`` [B, words] has whether by a token, and its id."""
+        session, states = self.engine.session, self.engine.bundle.contract.states
+        late = {
+            **feeds,
+            "input_ids": pending[:, 1:2].astype(np.int32),
+            "seq_lens": (pending[:, 0] > 0).astype(np.int32),
+        }
+        partners = [str(spec.partner) for spec in states]
+        settled = dict(zip(partners, session.run(partners, late), strict=True))
+        found = dict(zip(found, session.run(list(found), {**feeds, **_as_inputs(states, settled)}), strict=True))
+        pending[:] = 0
+        if feeds["input_ids"].shape[1] == 1:
+            pending[:, 0], pending[:, 1] = feeds["seq_lens"], feeds["input_ids"][:, 0]
+            found |= settled
+        return found
 
 
 class FakeKernels:
@@ -403,6 +440,7 @@ def give_engine(
         "max_prefill": max_prefill,
         "prefill_batch": prefill_batch,
         "weights": bound_weights(bundle) if fused else {},
+        "pending": pending_words(bundle.config) if fused else 0,
         "fused": fused,
         "layers": 1,
         "build_seconds": 1.5,
@@ -426,6 +464,7 @@ def build_marked(bundle: Bundle, request: dict[str, Any], folder: Path, say: Cal
         "architecture": FakeDevice.architecture,
         "weights": {},
         "fused": False,
+        "pending": 0,
         "layers": 1,
         "build_seconds": 0.0,
     }

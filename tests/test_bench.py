@@ -328,7 +328,8 @@ def test_three_figures_of_a_step(on_gpu: OnGpu, path: Path) -> None:
     report = on_gpu(Plan(batches=(1, 3), prompts=(5,)))
     contract = Bundle.open(path).contract
     for row, batch in zip(report.decode, (1, 3), strict=True):
-        copied = 2 * state_bytes(row_bytes(contract), batch) / fake_gpu.FakeDevice.bandwidth  # the state, at times
+        state = state_bytes(row_bytes(contract.states), batch)
+        copied = 2 * state / fake_gpu.FakeDevice.bandwidth  # at times
         assert list(row.figures) == ["device", "generate", "step"]
         assert row.kernels == 2, "the engine and the choice of tokens"
         device, generate, step = row.figures.values()

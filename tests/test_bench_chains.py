@@ -18,6 +18,7 @@ from mamba_deploy.checkpoint import load_checkpoint
 from mamba_deploy.limits import parameter_count
 from mamba_deploy.model import MambaModel
 from mamba_deploy.plugins import launches
+from mamba_deploy.plugins import pending as rows_of_pending
 from mamba_deploy.plugins.arguments import SIGNATURES
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
@@ -35,7 +36,13 @@ class References:
     def workspace_bytes(self, op: str, dtype: str, state_dtype: str, **sizes: int) -> int:
         return launches.workspace_bytes(op, SIGNATURES[op].struct(**sizes))
 
-    def model(self, *args: Any, logits: torch.Tensor, workspace: torch.Tensor, stream: int) -> None:
+    def pending_row(self, dtype: str, **sizes: int) -> int:
+        return rows_of_pending.pending_row(SIGNATURES["model"].struct(**sizes))
+
+    def model(
+        self, *args: Any, logits: torch.Tensor, pending: torch.Tensor | None, workspace: torch.Tensor, stream: int
+    ) -> None:
+        assert pending is None or not pending.any()
         assert workspace.numel() > 0
         made, states = step_ops.model(*args)
         logits.copy_(made)

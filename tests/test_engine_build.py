@@ -101,6 +101,7 @@ def test_an_engine_lands_in_the_bundle_and_nothing_else_changes(out: Path) -> No
         "prefill_batch": 2,
         "weights": {},
         "fused": False,  # its sizes are not those that the operator covers
+        "pending": 0,
     }
     assert said == []
 

@@ -70,6 +70,7 @@ OP(mamba_last_token, MambaLastToken)
 #endif
 OP(mamba_sample_token, MambaSampleToken)
 OP(mamba_model, MambaModel)
+int32_t mamba_pending_row(const MambaModel* call) { return 1000 + call->layers; }
 """ + "".join(f"OP(mamba_{op}, {struct.__name__})\n" for op, struct in STEP.items())
 ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "uint16": 2, "int32": 4, "int64": 8, "float64": 8}
 TYPESTR = {"float32": "<f4", "float16": "<f2", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float64": "<f8"}
@@ -137,7 +138,7 @@ def test_struct_has_the_fields_of_the_header(struct):
 def test_every_struct_and_function_of_the_header_has_a_caller():
     assert set(re.findall(r"typedef struct (\w+)", HEADER)) == {struct.__name__ for struct in EVERY}
     functions = {name for op in STRUCTS for name in (f"mamba_{op}", f"mamba_{op}_workspace")}
-    assert set(re.findall(r"^\w+ (mamba_\w+)\(", HEADER, re.M)) == functions
+    assert set(re.findall(r"^\w+ (mamba_\w+)\(", HEADER, re.M)) == functions | {"mamba_pending_row"}
 
 
 def test_structs_lie_in_memory_as_the_compiler_lays_them(tmp_path):
@@ -507,13 +508,16 @@ class Kept(Kernels):
 @pytest.mark.parametrize("state_dtype", ["float32", "float16"])
 def test_a_model_reaches_the_library(stub_path, kind, state_dtype):
     kept, given = Kept(stub_path), model(kind, "float16", state_dtype)
+    if kind == "mamba2":
+        given |= {"pending": Fake("float32", (2, 64)), "pending_out": Fake("float32", (2, 64))}
     groups = MODEL_SIZES[kind]["groups"]
     kept.model(**given, eps=0.5, norm_eps=0.25, dt_min=0.125, dt_max=2.0, n_groups=groups)
     sizes = {"batch": 2, "length": 5, "layers": 2, "width": 6, "conv_width": 4, "state_size": 8, "vocab": 7}
     constants = {"eps": 0.5, "norm_eps": 0.25, "dt_min": 0.125, "dt_max": 2.0, "skip_per_channel": 0, "all_logits": 0}
     dtypes = {"dtype": 1, "state_dtype": structs.DTYPES[state_dtype]}
     layers = given.pop("layers")
-    pointers = {name: array.pointer for name, array in given.items()}
+    pointers = {"pending": None, "pending_out": None} | {name: array.pointer for name, array in given.items()}
+    constants["pending_row"] = 64 if kind == "mamba2" else 0
     assert kept.call == sizes | MODEL_SIZES[kind] | constants | dtypes | pointers
     nothing = {name: None for name, _ in structs.MambaLayer._fields_}
     assert kept.layers == [{**nothing, **{n: array.pointer for n, array in one.items()}} for one in layers]
@@ -532,6 +536,13 @@ def test_a_model_may_lack_what_is_optional(stub_path):
     assert all(one[name] is None for one in kept.layers for name in missing)
 
 
+def test_what_is_pending_goes_out_where_it_came_in(stub_path):
+    kept, pending = Kept(stub_path), Fake("float32", (2, 64))
+    kept.model(**model("mamba2"), pending=pending, n_groups=2)
+    assert kept.call["pending"] == kept.call["pending_out"] == pending.pointer
+    assert kept.call["pending_row"] == 64
+
+
 @BY_KIND
 def test_workspace_of_a_model(stub, kind):
     stub.value("workspace", ctypes.c_size_t).value = 1 << 40
@@ -540,6 +551,7 @@ def test_workspace_of_a_model(stub, kind):
     given = {name: size for name, size in sizes.items() if name != "inner" or kind == "mamba"}
     assert stub.kernels.workspace_bytes("model", **given, dtype="float16") == 1 << 40
     assert {name: size for name, size in stub.last("model").items() if size} == sizes | {"dtype": 1}
+    assert stub.kernels.pending_row(dtype="float16", **given) == 1002
     with pytest.raises(PluginError, match=r"^model was given the sizes batch"):
         stub.kernels.workspace_bytes("model", **{k: v for k, v in given.items() if k != "layers"})
 
@@ -572,6 +584,9 @@ def test_workspace_of_a_model(stub, kind):
         ("mamba2", None, {"dt_min": 2.0, "dt_max": 1.0}, "dt_min is 2.0 and dt_max is 1.0: expected dt_min <= dt_max"),
         ("mamba2", None, {"n_groups": 3}, "n_groups is 3: expected a divisor of the number of heads, 4"),
         ("mamba2", None, {"layers": []}, "layers is empty: expected at least one"),
+        ("mamba2", None, {"pending": Fake("float32", (3, 64))}, "pending has shape [3, 64]: expected [B = 2, Q]"),
+        ("mamba2", None, {"pending": Fake("int32", (2, 64))}, "pending is int32: expected float32"),
+        ("mamba", None, {"pending": Fake("float32", (2, 64))}, "pending is no array of a layer of this kind of model"),
         ("mamba2", None, {"logits": Fake("float32", (2, 6))}, "logits has shape [2, 6]: expected [B = 2, V = 7] or "),
     ],
 )

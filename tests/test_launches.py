@@ -30,6 +30,7 @@ from mamba_deploy.plugins import (
     launches_rows,
     launches_token,
     nvrtc,
+    pending,
     structs,
     toolchain,
 )
@@ -277,7 +278,7 @@ def test_real_libraries_export_the_launchers_and_ask_for_nothing_of_tensorrt(rea
         pytest.skip("no nm (binutils) on PATH")
     header = (build.SOURCES / "mamba_kernels.h").read_text(encoding="utf-8")
     launchers = set(re.findall(r"^\w+ (mamba_\w+)\(", header, re.M))
-    assert len(launchers) == 24
+    assert len(launchers) == 25
     entries = {"getCreators", "getPluginCreators", "setLoggerFinder"}
     for library in made.libraries:
         listed = subprocess.run([nm, "-D", made.folder / library], check=True, capture_output=True, text=True).stdout
@@ -450,7 +451,7 @@ def _model(draw: random.Random, batch: int) -> Any:
     call = _struct("model", draw, sizes)
     call.norm_eps, call.eps = draw.choice((-1.0, 1e-6)), 1e-5
     absent = {name for name in OPTIONAL if draw.random() < 0.3} | {"x_proj", "dt_proj"} if is_mamba2 else {"gate_norm"}
-    return _with_layers(call, draw, absent)
+    return _with_pending(_with_layers(call, draw, absent), draw)
 
 
 def _with_layers(call: Any, draw: random.Random, absent: set[str]) -> Any:
@@ -460,6 +461,19 @@ def _with_layers(call: Any, draw: random.Random, absent: set[str]) -> Any:
             if name not in absent:
                 setattr(layer, name, draw.randrange(1, 1 << 30) << 8)
     call.each = ctypes.addressof(call.kept)
+    call.pending = call.pending_out = None
+    return call
+
+
+def _with_pending(call: Any, draw: random.Random) -> Any:
+    """Of Mamba-2, now and then: mostly all that may be pending goes out where it came in."""
+    if not call.heads or draw.random() < 0.3:
+        return call
+    call.pending, call.pending_row = draw.randrange(1, 1 << 30) << 8, pending.pending_row(call)
+    call.pending_out = call.pending if draw.random() < 0.8 else draw.randrange(1, 1 << 30) << 8
+    for layer in call.kept:
+        if draw.random() < 0.95:
+            layer.ssm_state_out = layer.ssm_state
     return call
 
 
@@ -550,10 +564,17 @@ def test_python_launches_what_the_compiled_launchers_do(library, op):
         shown = {name: getattr(call, name) for name, _ in call._fields_}
         assert recorded(library, op, call, device, planned) == [wanted_of(p) for p in planned], (shown, device)
         assert launches.workspace_bytes(op, call) == workspace(ctypes.byref(call)), shown
+        if op == "model":
+            assert pending.pending_row(call) == library.mamba_pending_row(ctypes.byref(call)), shown
         kinds.update(p.kernel for p in planned if isinstance(p, Launch))
         if op == "ssd_scan" and 120 <= call.length < 140 and call.dtype and (call.head_dim % 8 or call.state_size % 8):
             beside[call.length >= 128] += 1
     assert len(kinds) > 2
+    if op == "model":
+        assert {name for name in ("late_step_kernel", "settle_kernel") if any(name in kind for kind in kinds)} == {
+            "late_step_kernel",
+            "settle_kernel",
+        }
     if op == "ssd_scan":
         assert min(beside) > 20
         assert sum("pad_kernel" in kind for kind in kinds) == 4  # a word has 2, 4, 8 or 16 bytes

@@ -75,7 +75,7 @@ class Host:
         y.copy_(result + y.float() if p.add else result)
 
     def _embed_rows_kernel(self, one: Launch, parameters: list[str]) -> None:
-        ids, embedding, hidden, vocab, width = (a.value for a in one.arguments)
+        ids, embedding, hidden, vocab, width, *_ = (a.value for a in one.arguments)
         rows, (tokens,) = TYPES[parameters[0]], one.grid
         table = self.at(embedding, (vocab, width), rows)
         self.at(hidden, (tokens, width), F32).copy_(table[self.at(ids, (tokens,), torch.int32).long()])

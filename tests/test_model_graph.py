@@ -14,9 +14,9 @@ from test_onnx_export import GENERATIONS, HALVES, VARIANTS
 from mamba_deploy import step_ops
 from mamba_deploy.bundle import PORTABLE
 from mamba_deploy.config import MambaConfig
-from mamba_deploy.contract import Contract
+from mamba_deploy.contract import Contract, pending_specs
 from mamba_deploy.exporters.functions import DOMAIN
-from mamba_deploy.exporters.model_graph import covers, model_graph
+from mamba_deploy.exporters.model_graph import covers, model_graph, pending_words
 from mamba_deploy.plugins.rules import GIVEN_INPUTS, OF_GRAPH, OPS, Node, prepare_for_parser
 
 NOT_COVERED = {"mamba2-mlp-part", "mamba2-norm-before-gate"}
@@ -45,9 +45,19 @@ def run(model: onnx.ModelProto, feeds: dict[str, torch.Tensor]) -> dict[str, tor
     layers = [{tensor.name: next(slots) for tensor in rule.op.layer_inputs} for _ in range(given["layers"])]
     rule.sizes([values[name].shape for name in node.input])  # which looks whether they agree
     options = {name: given[name] for name in rule.op.attributes if name not in OF_GRAPH}
-    logits, states = step_ops.model(*own, layers, **options)
-    found = [logits[:, None] if given["all_logits"] else logits, *(state for pair in states for state in pair)]
+    before = own[:5]  # nothing is pending, before or after
+    logits, states = step_ops.model(*before, layers, **options)
+    found = [
+        logits[:, None] if given["all_logits"] else logits,
+        *own[5:],
+        *(state for pair in states for state in pair),
+    ]
     return dict(zip(node.output, found, strict=True))
+
+
+def pending_of(made, batch: int) -> dict[str, torch.Tensor]:
+    words = pending_words(made.bundle.config)
+    return {"pending": torch.zeros(batch, words)} if words else {}
 
 
 def _tensor(tensor: onnx.TensorProto) -> torch.Tensor:
@@ -64,7 +74,8 @@ def test_a_token_is_that_of_the_model(bundle, run_onnx, name):
     model = graph_of(made)
     prepare_for_parser(model)
     feeds = made.feeds(3, 1, [1, 1, 1])
-    found = run(model, feeds)
+    found = run(model, feeds | pending_of(made, 3))
+    found.pop("pending_out", None)
     assert set(found) == {spec.name for spec in made.bundle.contract.outputs} - {"next_token"}
     found["next_token"] = found["logits"].reshape(3, -1).argmax(-1).int()  # which the graph leaves out
     half = made.bundle.contract.dtype != "float32" or made.bundle.contract.state_dtype != "float32"
@@ -83,7 +94,7 @@ def test_a_row_that_reads_nothing_keeps_its_state(bundle):
         model = graph_of(made)
         prepare_for_parser(model)
         feeds = made.feeds(3, 1, [1, 0, 1])
-        found = run(model, feeds)
+        found = run(model, feeds | pending_of(made, 3))
         for spec in made.bundle.contract.states:
             assert torch.equal(found[spec.partner][1], feeds[spec.name][1]), spec.name
 
@@ -97,13 +108,17 @@ def test_one_node_of_the_contract(bundle, kind):
     assert (node.domain, node.op_type) == (DOMAIN, f"{generation}Model")
     op, layers = OPS[node.op_type], made.bundle.config.n_layer
     assert len(node.input) == len(op.inputs) + layers * len(op.layer_inputs)
-    assert [value.name for value in model.graph.input] == [spec.name for spec in contract.inputs]
+    pending = pending_specs(pending_words(made.bundle.config))
+    assert len(pending) == (0 if generation == "Mamba" else 2)
+    inputs = [*contract.inputs, *pending[:1]]
+    assert [value.name for value in model.graph.input] == [spec.name for spec in inputs]
     outputs = [spec.name for spec in contract.outputs if spec.role != "next_token"]
-    assert [value.name for value in model.graph.output] == list(node.output) == outputs
+    assert [value.name for value in model.graph.output] == [*outputs, *(spec.name for spec in pending[1:])]
+    assert set(node.output) == {value.name for value in model.graph.output}
     axes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
-    assert axes == [list(spec.axes) for spec in contract.inputs]
+    assert axes == [list(spec.axes) for spec in inputs]
     held = {tensor.name for tensor in model.graph.initializer}
-    assert {name for name in node.input if name} == held | {spec.name for spec in contract.inputs}
+    assert {name for name in node.input if name} == held | {spec.name for spec in inputs}
     prepare_for_parser(model)
     missing = {"mamba-untied-no-conv-bias": {"conv_bias"}, "mamba2-no-gated-norm": {"gate_norm"}}.get(kind, set())
     missing |= {"in_proj_bias", "out_proj_bias"} | ({"head"} if made.bundle.config.tie_embeddings else set())

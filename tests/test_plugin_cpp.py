@@ -561,7 +561,7 @@ def test_wrong_numbers_of_inputs_and_axes_are_refused(library, ranks):
 
 def _sizes(node: Node, draw: random.Random) -> list[list[int]]:
     """Shapes of the inputs, right or with one size drawn anew."""
-    size = {symbol: draw.randint(1, 5) for symbol in "BLCKDNPdMXERV"}
+    size = {symbol: draw.randint(1, 5) for symbol in "BLCKDNPdMXERVQ"}
     size["G"] = node.attributes.get("n_groups", 1)
     size["H"] = size["G"] * draw.randint(1, 3) + (draw.random() < 0.1)
     size |= {"H*P": size["H"] * size["P"], "G*N": size["G"] * size["N"], "K-1": size["K"] - 1}
@@ -650,7 +650,8 @@ def _both_kinds(of_one: dict[str, str]) -> dict[str, str]:
     """What the struct of a model holds, with zeros for what its kind does not have."""
     nothing = {f"{i}.{name}": "0" for i in range(int(of_one["layers"])) for name, _ in structs.MambaLayer._fields_}
     if "rank" in of_one:
-        return nothing | {"heads": "0", "head_dim": "0", "groups": "1", "skip_per_channel": "0"} | of_one
+        of_mamba2 = ("heads", "head_dim", "skip_per_channel", "pending", "pending_out", "pending_row")
+        return nothing | dict.fromkeys(of_mamba2, "0") | {"groups": "1"} | of_one
     return nothing | {"rank": "0", "inner": str(int(of_one["heads"]) * int(of_one["head_dim"]))} | of_one
 
 
@@ -658,7 +659,7 @@ def test_workspace_suits_every_batch_up_to_the_largest(library):
     """The stand-in's kernels need most at batch 1, as real ones may that cut prompts in parts to fill the GPU."""
     for node in NODES:
         size = {"B": 7, "L": 9, "C": 2, "D": 2, "K": 4, "N": 3, "P": 2, "H": 2, "G": 1, "d": 4}
-        size |= {"M": 8, "X": 4, "E": 5, "R": 2, "V": 6}
+        size |= {"M": 8, "X": 4, "E": 5, "R": 2, "V": 6, "Q": 8}
         size |= {"H*P": 4, "G*N": 3, "K-1": 3}
         shapes = [[size[axis] for axis in tensor.axes] for tensor in node.inputs]
         types = [{"T": "float16", "S": "float32"}.get(tensor.dtype, tensor.dtype) for tensor in node.inputs]
@@ -695,8 +696,8 @@ def test_parser_is_told_every_attribute(library):
         ("MambaModel", "layers", 0),
         ("MambaModel", "layers", 128),
         ("Mamba2Model", "all_logits", 2),
-        ("Mamba2Model", "given_inputs", (1 << 18) - 2),
-        ("Mamba2Model", "given_inputs", 1 << 18),
+        ("Mamba2Model", "given_inputs", (1 << 19) - 2),
+        ("Mamba2Model", "given_inputs", 1 << 19),
         ("MambaLastToken", "given_inputs", 0b01),
         ("MambaLastToken", "given_inputs", 0b111),
     ],

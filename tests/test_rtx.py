@@ -195,14 +195,19 @@ def test_optional_inputs_may_be_missing(ask, plugins, bundle, kind):
 # --- the model as one operator --------------------------------------------------------------------------------------
 
 
-def check_model(answer: dict[str, Any], contract: Any, weights: int) -> None:
-    """It parsed as one plugin of the contract's tensors and so many weights, and an engine was built."""
+def check_model(answer: dict[str, Any], config: Any, contract: Any, weights: int) -> None:
+    """It parsed as one plugin of the contract's tensors, what may be pending and so many weights, and was built."""
+    from mamba_deploy.contract import pending_specs
+    from mamba_deploy.exporters.model_graph import pending_words
+
     assert answer["parsed"], answer["errors"]
     assert answer["layers"] == 1
     names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}
-    outputs = [spec for spec in contract.outputs if spec.role != "next_token"]
-    assert len(answer["inputs"]) == len(contract.inputs) + weights
-    for found, specs in ((answer["inputs"], contract.inputs), (answer["outputs"], outputs)):
+    pending = pending_specs(pending_words(config))
+    inputs = [*contract.inputs, *pending[:1]]
+    outputs = [*(spec for spec in contract.outputs if spec.role != "next_token"), *pending[1:]]
+    assert len(answer["inputs"]) == len(inputs) + weights
+    for found, specs in ((answer["inputs"], inputs), (answer["outputs"], outputs)):
         expected = [[s.name, names[s.dtype], [-1 if isinstance(a, str) else a for a in s.axes]] for s in specs]
         assert found[: len(expected)] == expected
     assert len(answer["outputs"]) == len(outputs)
@@ -219,7 +224,7 @@ def test_engines_of_the_model_as_one_operator(ask, plugins, sample, model, dtype
     graph = model_parser_graph(bundle.path / "model.onnx", bundle.config, bundle.contract)
     (tmp_path / "model.onnx").write_bytes(graph.content)
     answer = ask(model=tmp_path / "model.onnx", profiles=PROFILES, **plugins)
-    check_model(answer, bundle.contract, len(graph.weights))
+    check_model(answer, bundle.config, bundle.contract, len(graph.weights))
 
 
 def file_of_weights(path: Path, config: Any, dtype: str) -> None:
@@ -259,7 +264,7 @@ def file_of_weights(path: Path, config: Any, dtype: str) -> None:
     indirect=["plugins"],
 )
 def test_engines_of_64_layers(ask, plugins, tmp_path, name):
-    """Hundreds of inputs and 129 outputs, of all of which TensorRT asks the plugin again and again."""
+    """Hundreds of inputs and 129 or 130 outputs, of all of which TensorRT asks the plugin again and again."""
     from mamba_deploy.contract import Contract
     from mamba_deploy.exporters.engine_graph import model_parser_graph
 
@@ -270,7 +275,7 @@ def test_engines_of_64_layers(ask, plugins, tmp_path, name):
     (tmp_path / "model.onnx").write_bytes(graph.content)
     start = time.perf_counter()
     answer = ask(model=tmp_path / "model.onnx", profiles=PROFILES, **plugins)
-    check_model(answer, contract, len(graph.weights))
+    check_model(answer, config, contract, len(graph.weights))
     assert len(graph.weights) > 500
     assert time.perf_counter() - start < 120
 

@@ -313,6 +313,40 @@ def test_100000_tokens_in_flat_memory_and_time(opened: Callable[..., Any], recor
     record_property(f"engine/{name}/generate [us a token]", 1e2 * statistics.median(times))
 
 
+def test_states_of_many_rows_hold_all_tokens(built: Any, tmp_path: Path) -> None:
+    """Of so many rows steps write a state once in some tokens; an engine for eight writes each: the same states."""
+    from mamba_deploy.exporters.engine_build import build_engine
+    from mamba_deploy.runtime.engine import TensorRTBackend
+    from mamba_deploy.runtime.session import Session
+
+    few = built("tiny-mamba2-fp16")
+    path = shutil.copytree(few.path, tmp_path / "bundle")
+    many = build_engine(path, max_batch=64, max_prefill=64, say=print)
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, 256, length).tolist() for length in draw.integers(1, 40, 64)]
+    tokens = draw.integers(0, 256, (14, 64))
+    with Session(TensorRTBackend(many), many.config) as session, Session(TensorRTBackend(few), few.config) as other:
+        logits = [session.prefill(prompts), *(session.step(t) for t in tokens[:9])]
+        marks = np.empty((64, session._state.row_bytes["pending"] // 4), np.int32)  # type: ignore[union-attr]
+        with session.backend.device as device:  # type: ignore[attr-defined]
+            device.download(marks, session._state.addresses["pending"])  # type: ignore[union-attr]
+            device.synchronize()
+        if int(device.architecture) >= 90:
+            assert (marks[:, 0] >> 16).any(), "nothing was pending"
+        saved = session.snapshot()
+        found = [session.step(t).tobytes() for t in tokens[9:]]
+        session.restore(saved)
+        assert [session.step(t).tobytes() for t in tokens[9:]] == found
+        for first in range(0, 64, 8):
+            rows = slice(first, first + 8)
+            other.reset()
+            wanted = [other.prefill(prompts[rows]), *(other.step(t[rows]) for t in tokens[:9])]
+            for got, want in zip(logits, wanted, strict=True):
+                close(got[rows], want, f"logits of rows from {first}", 2e-2)
+            for name, want in other.snapshot().arrays.items():
+                close(saved.arrays[name][rows], want, name, 2e-2)
+
+
 # --- life ---------------------------------------------------------------------------------------------------------
 
 
