@@ -97,7 +97,8 @@ def model_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract)
             state, weight = f"{tensor.name}.{i}", f"layers.{i}.{_WEIGHTS.get(tensor.name, '')}"
             is_there = weight in weights or not tensor.optional
             inputs.append(state if tensor.name not in _WEIGHTS else weight if is_there else "")
-    of_layers = [f"{tensor.name}.{i}" for i in range(config.n_layer) for tensor in op.layer_outputs]
+    outputs = ["logits", *(spec.name for spec in pending[1:])]
+    outputs += [f"{tensor.name}.{i}" for i in range(config.n_layer) for tensor in op.layer_outputs]
     values: dict[str, Any] = {
         "layers": config.n_layer,
         "eps": config.norm_eps,
@@ -110,7 +111,6 @@ def model_graph(model: onnx.ModelProto, config: MambaConfig, contract: Contract)
         ONLY_STATE_DTYPE: FLOATS.index(contract.state_dtype),
     }
     attributes = {name: values[name] for name in op.attributes}
-    outputs = ["logits", *(spec.name for spec in pending[1:]), *of_layers]
     node = helper.make_node(op_type, inputs, outputs, name="node_model", domain=DOMAIN, **attributes, **PLUGIN)
     taken = [*contract.inputs, *pending[:1]]
     given = [*(spec for spec in contract.outputs if spec.role != "next_token"), *pending[1:]]

@@ -509,9 +509,9 @@ class Kernels:
         """
         return self._workspace_bytes(op, _sized(op, dtype, state_dtype, sizes))
 
-    def pending_row(self, *, dtype: str = "float32", **sizes: int) -> int:
+    def pending_row(self, **sizes: int) -> int:
         """Of :meth:`model`: how many float32 values a row of ``pending`` has. Sizes as for :meth:`workspace_bytes`."""
-        return self._pending_row(_sized("model", dtype, "float32", sizes))
+        return self._pending_row(_sized("model", "float32", "float32", sizes))
 
     def _pending_row(self, call: ctypes.Structure) -> int:
         return int(self._library.mamba_pending_row(ctypes.byref(call)))

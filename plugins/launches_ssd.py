@@ -49,12 +49,16 @@ class _Places(ctypes.Structure):
     ]
 
 
+def _lanes(states: int, item: int) -> tuple[int, int]:
+    """As ``with_lanes`` in C++."""
+    return next((n for n in (4, 8, 16, 32) if n * 16 // item >= states), 32), 2 if item == 4 and states > 128 else 1
+
+
 def _ssd_step(call: Any, at: _Places) -> Launch:
     N, item = call.state_size, BYTES[call.state_dtype]
-    vec, iterations = 16 // item, 1
+    vec = 16 // item
     if N % vec == 0 and are_aligned(call, "ssm_state ssm_state_out B C", 16):
-        lanes = next((n for n in (4, 8, 16, 32) if n * vec >= N), 32)
-        iterations = 2 if item == 4 and N > 128 else 1
+        lanes, iterations = _lanes(N, item)
     else:
         vec = 1
         most = ((32, 8, 4), (64, 16, 4), (128, 32, 4), (256, 32, 8))
@@ -77,17 +81,20 @@ def _ssd_step(call: Any, at: _Places) -> Launch:
 def update_defers(call: Any, device: Device) -> bool:
     """Whether a step can leave its tokens pending, and that is faster; call has its sizes."""
     fills = device.major >= 9 and call.batch <= MAX_GRID_Y and 2 * call.batch * call.heads > 3 * device.multiprocessors
-    return bool(fills and call.head_dim % 4 == 0 and call.state_size * BYTES[call.state_dtype] % 16 == 0)
+    fits = call.head_dim % 4 == 0 and call.head_dim <= _LATE_HEAD_DIM
+    return bool(fills and fits and call.state_size * BYTES[call.state_dtype] % 16 == 0)
+
+
+_LATE_HEAD_DIM = 1024
 
 
 def _late_step(call: Any, at: _Places, before: Pending, device: Device) -> Launch:
     N, P, item = call.state_size, call.head_dim, BYTES[call.state_dtype]
-    vec, warps = 16 // item, 2 * item
-    lanes = next((n for n in (4, 8, 16, 32) if n * vec >= N), 32)
-    iterations, at_a_time = (2 if item == 4 and N > 128 else 1), warps * 4 * 32 // lanes
+    (lanes, iterations), warps = _lanes(N, item), 2 * item
+    at_a_time = warps * 4 * 32 // lanes
     turns = 2 if 2 * at_a_time * N * item <= warps << 12 else 1
     rows = min(turns * at_a_time, P)
-    records = (MOST + 1) * (HEAD_WORDS + P + lanes * vec * iterations)
+    records = (MOST + 1) * (HEAD_WORDS + P + lanes * iterations * 16 // item)
     shared = rows * N * item + 4 * (records + max(at_a_time - rows, 0))
     name = kernel_name("ssd", "late_step_kernel", TYPES[call.dtype], TYPES[call.state_dtype], lanes, iterations)
     grid = (ceil_div(P, rows) * call.heads, call.batch)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mamba_deploy.plugins.launches_common import ceil_div
 from mamba_deploy.plugins.nvrtc import Launch
+from mamba_deploy.plugins.rules import MAX_LAYERS
 from mamba_deploy.plugins.structs import MambaLayer
 
 __all__ = ["HEAD_WORDS", "MOST", "Pending", "is_in_place", "pending_of", "pending_row", "settle"]
@@ -15,7 +16,7 @@ __all__ = ["HEAD_WORDS", "MOST", "Pending", "is_in_place", "pending_of", "pendin
 MOST = 3  # tokens
 HEAD_WORDS = 4
 _MARK_WORDS = 4
-_SOURCE, _THREADS, _BLOCKS, _ROWS, _LAYERS = "settle.cuh", 256, 4, 1024, 127
+_SOURCE, _THREADS, _BLOCKS, _ROWS = "settle.cuh", 256, 4, 1024
 
 
 class Pending(ctypes.Structure):
@@ -28,7 +29,7 @@ class _Settle(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("marks", "records")),
         *((n, c_int32) for n in "row record batch heads head_dim state_size groups state_dtype".split()),
-        ("states", c_void_p * _LAYERS),
+        ("states", c_void_p * MAX_LAYERS),
     ]
 
 

@@ -16,6 +16,7 @@ namespace ssd {
 constexpr int kLateSets = 4;   // rows of a lane at a time
 constexpr int kLateTurns = 2;  // of a block, at most
 constexpr int kOwnRecord = pending::kMost;  // where the own token's is, behind what is pending
+constexpr int kLateHeadDim = 1024;          // P at most, for records have to find room
 
 // Of a block; and blocks of a multiprocessor, by which the compiler gives out registers. With published sizes a block has 32 KB
 // of float32 states, or 16 KB of others.

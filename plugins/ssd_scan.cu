@@ -1,17 +1,18 @@
 // MambaSsdScan: which kernel takes a call, and its workspace.
 //
-// One token: ssd_step.cuh. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
+// One token: ssd_step.cuh, or ssd_late.cuh, which may leave it pending. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
 // model: ssd_prompt.cuh, on the tensor cores, or ssd_helped.cuh where heads are fewer than multiprocessors, but not so few
 // that segments are faster. Longer ones of other sizes too, on copies padded by pad.cuh. What is left, that is float32, older
 // GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
 #include <algorithm>
 #include <climits>
+#include <type_traits>
 
 #include "model.h"
 #include "pad.cuh"
 #include "ssd_helped.cuh"
-#include "ssd_recurrent.cuh"
 #include "ssd_late.cuh"
+#include "ssd_recurrent.cuh"
 #include "ssd_step.cuh"
 #include "step_common.cuh"
 
@@ -136,6 +137,18 @@ cudaError_t step(const StepCall<T>& call) {
     return step<T, S, VEC, LANES, ITERS, 2>(call, 8);
 }
 
+// Calls run(lanes, iterations): lanes that share a row of states, each with 16 bytes of it at a time.
+template <typename S, typename Run>
+cudaError_t with_lanes(int states, Run&& run) {
+    constexpr int kVec = 16 / sizeof(S);
+    const std::integral_constant<int, 1> once{};
+    if (states <= 4 * kVec) return run(std::integral_constant<int, 4>{}, once);
+    if (states <= 8 * kVec) return run(std::integral_constant<int, 8>{}, once);
+    if (states <= 16 * kVec) return run(std::integral_constant<int, 16>{}, once);
+    if (states <= 32 * kVec) return run(std::integral_constant<int, 32>{}, once);
+    return run(std::integral_constant<int, 32>{}, std::integral_constant<int, sizeof(S) == 4 ? 2 : 1>{});
+}
+
 template <typename T, typename S>
 cudaError_t step(const StepCall<T>& call) {
     const MambaSsdScan& a = call.a;
@@ -144,11 +157,9 @@ cudaError_t step(const StepCall<T>& call) {
     const bool aligned = is_aligned(a.ssm_state, 16) && is_aligned(a.ssm_state_out, 16) && is_aligned(call.at.B, 16) &&
                          is_aligned(call.at.C, 16);
     if (N % kVec == 0 && aligned) {
-        if (N <= 4 * kVec) return step<T, S, kVec, 4, 1>(call);
-        if (N <= 8 * kVec) return step<T, S, kVec, 8, 1>(call);
-        if (N <= 16 * kVec) return step<T, S, kVec, 16, 1>(call);
-        if (N <= 32 * kVec) return step<T, S, kVec, 32, 1>(call);
-        return step<T, S, kVec, 32, sizeof(S) == 4 ? 2 : 1>(call);
+        return with_lanes<S>(N, [&](auto lanes, auto iterations) {
+            return step<T, S, kVec, decltype(lanes)::value, decltype(iterations)::value>(call);
+        });
     }
     if (N <= 32) return step<T, S, 1, 8, 4>(call);
     if (N <= 64) return step<T, S, 1, 16, 4>(call);
@@ -158,11 +169,11 @@ cudaError_t step(const StepCall<T>& call) {
 
 // --- one token, with tokens that are pending
 
-template <typename T, typename S, int LANES, int ITERS = 1>
+template <typename T, typename S, int LANES, int ITERS>
 cudaError_t late_step(const StepCall<T>& call, const pending::Pending& before) {
     const MambaSsdScan& a = call.a;
-    constexpr int kItem = sizeof(S), kMost = kLateWarps<S> << 12;  // bytes of a block's states where it takes several turns
-    const int turns = kLateTurns * kLateRows<S, LANES> * a.state_size * kItem <= kMost ? kLateTurns : 1;
+    constexpr int kItem = sizeof(S), kBytes = kLateWarps<S> << 12;  // of a block's states where it takes several turns
+    const int turns = kLateTurns * kLateRows<S, LANES> * a.state_size * kItem <= kBytes ? kLateTurns : 1;
     const int rows = std::min(turns * kLateRows<S, LANES>, a.head_dim);
     const int shared = late_bytes(a, rows, kItem, LANES * ITERS * 16 / kItem, kLateRows<S, LANES>);
     const auto kernel = late_step_kernel<T, S, LANES, ITERS>;
@@ -174,13 +185,9 @@ cudaError_t late_step(const StepCall<T>& call, const pending::Pending& before) {
 
 template <typename T, typename S>
 cudaError_t late_step(const StepCall<T>& call, const pending::Pending& before) {
-    constexpr int kVec = 16 / sizeof(S);
-    const int N = call.a.state_size;
-    if (N <= 4 * kVec) return late_step<T, S, 4>(call, before);
-    if (N <= 8 * kVec) return late_step<T, S, 8>(call, before);
-    if (N <= 16 * kVec) return late_step<T, S, 16>(call, before);
-    if (N <= 32 * kVec) return late_step<T, S, 32>(call, before);
-    return late_step<T, S, 32, sizeof(S) == 4 ? 2 : 1>(call, before);
+    return with_lanes<S>(call.a.state_size, [&](auto lanes, auto iterations) {
+        return late_step<T, S, decltype(lanes)::value, decltype(iterations)::value>(call, before);
+    });
 }
 
 // --- prompts
@@ -507,6 +514,7 @@ bool model::ssd_update_defers(const MambaSsdUpdate& call) {
     Device device;
     return device.read(ssd::pass_states_kernel) == cudaSuccess && device.major >= 9 && call.batch <= 65535 &&
            2 * int64_t{call.batch} * call.heads > 3 * int64_t{device.multiprocessors} && call.head_dim % 4 == 0 &&
+           call.head_dim <= ssd::kLateHeadDim &&
            call.state_size * item_bytes(call.state_dtype) % 16 == 0 && is_aligned(call.ssm_state, 16);
 }
 

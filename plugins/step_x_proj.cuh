@@ -1,4 +1,5 @@
-// x_proj of some rows, of the batch or of a short prompt, for compute capability 9.0: y = x W, few outputs of many inputs, 16-bit.
+// x_proj of some rows, of the batch or of a short prompt, for compute capability 9.0: y = x W, few outputs of many inputs, 16
+// bits.
 //
 // It is short, and what it takes is the way: a block's inputs are all on their way at once, those of a warp to where no other
 // reads, so that each begins when its own are there; and sums meet twice, those of a block's warps in its shared memory, and

@@ -148,7 +148,7 @@ class Chain:
         if c.generation == "mamba2":
             del sizes["inner"]  # which the kernels make of the heads
         dtype, of_state = (str(given).removeprefix("torch.") for given in (weight.dtype, state_dtype))
-        words = kernels.pending_row(dtype=dtype, **sizes)
+        words = kernels.pending_row(**sizes)
         self.pending = new(batch, words) if words else None
         needed = kernels.workspace_bytes("model", dtype=dtype, state_dtype=of_state, **sizes)
         self.workspace = new(needed, dtype=torch.uint8)

@@ -36,7 +36,7 @@ class References:
     def workspace_bytes(self, op: str, dtype: str, state_dtype: str, **sizes: int) -> int:
         return launches.workspace_bytes(op, SIGNATURES[op].struct(**sizes))
 
-    def pending_row(self, dtype: str, **sizes: int) -> int:
+    def pending_row(self, **sizes: int) -> int:
         return rows_of_pending.pending_row(SIGNATURES["model"].struct(**sizes))
 
     def model(

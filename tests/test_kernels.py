@@ -551,7 +551,7 @@ def test_workspace_of_a_model(stub, kind):
     given = {name: size for name, size in sizes.items() if name != "inner" or kind == "mamba"}
     assert stub.kernels.workspace_bytes("model", **given, dtype="float16") == 1 << 40
     assert {name: size for name, size in stub.last("model").items() if size} == sizes | {"dtype": 1}
-    assert stub.kernels.pending_row(dtype="float16", **given) == 1002
+    assert stub.kernels.pending_row(**given) == 1002
     with pytest.raises(PluginError, match=r"^model was given the sizes batch"):
         stub.kernels.workspace_bytes("model", **{k: v for k, v in given.items() if k != "layers"})
 
