@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any
@@ -17,10 +18,11 @@ from mamba_deploy.plugins.structs import MambaLayer
 __all__ = ["is_token", "token_of_row", "workspace_bytes"]
 
 _WARPS, _IN_ROWS, _COLUMNS, _BOX_COLUMNS = 16, 256, 256, 64
-_MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _MOST_LAYERS, _SLOT_ALIGN = 32, 128, 4096, 80, 1024
+_MOST_SLOTS, _MOST_BLOCKS, _MOST_WIDTH, _SLOT_ALIGN = 32, 128, 4096, 1024
 _UNITS, _SUM_UNITS = (4, 5, 8), 4  # of 8 channels of a block, for which there are kernels
 _PARTS_FROM = 2048  # width from which on blocks pass each other parts of sums; below they add to sums
 _TABLE_LAYERS, _TABLE_BLOCKS, _TABLE_THREADS = 40, 128, 256
+_MOST_LAYERS = 2 * _TABLE_LAYERS
 
 
 class _TokenLayer(ctypes.Structure):
@@ -37,7 +39,7 @@ class _Token(ctypes.Structure):
         *((n, c_int32) for n in "skip_per_channel own_width width_factor own_low low_factor part layer_sums".split()),
         *((n, c_int32) for n in ("slot_bytes", "slots")),
         *((n, c_float) for n in ("eps", "norm_eps", "dt_min", "dt_max")),
-        *((n, c_void_p) for n in "input_ids seq_lens embedding each sums low_parts lows parts stream hidden".split()),
+        *((n, c_void_p) for n in "input_ids seq_lens embedding others sums low_parts lows parts stream hidden".split()),
     ]
 
 
@@ -65,9 +67,12 @@ def token_of_row(c: Any, workspace: int, device: Device) -> list[Launch]:
     a.slots = min((device.shared_bytes - _own_bytes(8 * units) - ring) // a.slot_bytes, _MOST_SLOTS)
     name = kernel_name("token", "token_kernel", TYPES[c.dtype], bool(c.heads), units, a.layer_sums > 0)
     shared = ring + a.slots * a.slot_bytes
+    table, others = _tables(c, a, 8 * units, device.encode_map)
+    zeros = (a.hidden - a.sums) // 16  # that a kernel sets 16 bytes at a time
+    put = (others, c_int32(_others(c.layers)), c_void_p(a.others), c_void_p(a.sums), c_int64(zeros))
     return [
-        *_tables(c, a, 8 * units, device.encode_map),
-        Launch("token.cuh", name, (blocks,), (32 * (_WARPS + 1),), shared, (a,), _cluster(units), True),
+        Launch("token.cuh", "mamba::token::token_table_kernel", (_TABLE_BLOCKS,), (_TABLE_THREADS,), 0, put),
+        Launch("token.cuh", name, (blocks,), (32 * (_WARPS + 1),), shared, (a, table), _cluster(units), True),
         *head(head_of(c, a.hidden), 0, device),
     ]
 
@@ -151,7 +156,7 @@ def _place(a: _Token, blocks: int, workspace: int) -> int:
     """Sets the addresses in the workspace; gives the bytes of it. What begins as zeros lies from sums to hidden."""
     at, parts = workspace, a.layer_sums == 0
     for name, size in (
-        ("each", a.layers * ctypes.sizeof(_TokenLayer)),
+        ("others", _others(a.layers) * ctypes.sizeof(_TokenLayer)),
         ("sums", 8 * a.layers * a.layer_sums),
         ("low_parts", 8 * ceil_div(a.low, a.own_low) * blocks * a.own_low * parts),
         ("lows", 8 * a.low * parts),
@@ -181,20 +186,17 @@ def _own_bytes(own: int) -> int:
 # --- layers, with their tensor maps
 
 
-def _tables(c: Any, a: _Token, own: int, encode: Any) -> list[Launch]:
-    found, layers, tables = [], _layers(c), ceil_div(c.layers, _TABLE_LAYERS)
-    zeros = (a.hidden - a.sums) // 16  # that a kernel sets 16 bytes at a time
-    for i in range(tables):
-        first = i * _TABLE_LAYERS
-        given, table = layers[first : first + _TABLE_LAYERS], (_TokenLayer * _TABLE_LAYERS)()
-        for to, layer in zip(table, given, strict=False):
-            _fill(to, layer, c, a, own, encode)
-        target = c_void_p(a.each + first * ctypes.sizeof(_TokenLayer))
-        part = (c_int64(zeros * i // tables), c_int64(zeros * (i + 1) // tables))
-        arguments = (table, c_int32(len(given)), target, c_void_p(a.sums), *part)
-        name = "mamba::token::token_table_kernel"
-        found.append(Launch("token.cuh", name, (_TABLE_BLOCKS,), (_TABLE_THREADS,), 0, arguments))
-    return found
+def _others(layers: int) -> int:
+    """Layers that are no argument of the kernel."""
+    return max(layers - _TABLE_LAYERS, 0)
+
+
+def _tables(c: Any, a: _Token, own: int, encode: Any) -> list[Any]:
+    """Of the layers that are an argument of the kernel, and of the others."""
+    tables = [(_TokenLayer * _TABLE_LAYERS)() for _ in range(_MOST_LAYERS // _TABLE_LAYERS)]
+    for to, layer in zip(itertools.chain(*tables), _layers(c), strict=False):
+        _fill(to, layer, c, a, own, encode)
+    return tables
 
 
 def _fill(to: _TokenLayer, layer: Any, c: Any, a: _Token, own: int, encode: Callable[..., int]) -> None:

@@ -21,7 +21,8 @@ using token::TokenLayer;
 
 constexpr int kUnits[] = {4, 5, 8}, kSumUnits = 4;  // of 8 channels of a block, for which there are kernels
 constexpr int kTableBlocks = 128, kTableThreads = 256;
-constexpr int kMostLayers = 80;     // whose pointers leave room in it for five slots of any size
+constexpr int kTables = 2;  // of layers: an argument of each kernel
+constexpr int kMostLayers = kTables * token::kTableLayers;  // whose pointers leave room in it for five slots of any size
 
 int64_t even(int64_t v) { return (v + 1) / 2 * 2; }
 
@@ -93,16 +94,19 @@ bool are_aligned(const MambaModel& c) {
     });
 }
 
+// Layers that are no argument of token_kernel.
+int others_of(int layers) { return std::max(layers - token::kTableLayers, 0); }
+
 // Takes places in the workspace, from its start on; what begins as zeros is side by side.
 struct Workspace {
-    TokenLayer* each;
+    TokenLayer* others;
     size_t zeros, zeros_end, bytes;
 
     Workspace(Token& a, int blocks, void* workspace) {
         Room room{workspace};
         const auto take_words = [&](int64_t count) { return static_cast<uint64_t*>(room.take(8 * count)); };
         const bool parts = a.layer_sums == 0;
-        a.each = each = static_cast<TokenLayer*>(room.take(a.layers * sizeof(TokenLayer)));
+        a.others = others = static_cast<TokenLayer*>(room.take(others_of(a.layers) * sizeof(TokenLayer)));
         zeros = room.bytes;
         a.sums = take_words(int64_t{a.layers} * a.layer_sums);
         a.low_parts = take_words(parts ? ceil_div(a.low, a.own_low) * blocks * a.own_low : 0);
@@ -132,7 +136,7 @@ bool make_layer(Encode encode, TokenLayer& to, const MambaModel& c, const MambaL
 
 // All blocks run at once, those of a cluster side by side, or the launch is refused.
 template <typename T, bool MAMBA2, int UNITS, bool SUMS>
-cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
+cudaError_t start(const Token& given, const LayerTable& table, int limit, cudaStream_t stream) {
     const auto kernel = token::token_kernel<T, MAMBA2, UNITS, SUMS>;
     Token a = given;
     const int ring = token::Places(a).ring + token::kSlotAlign, fixed = sizeof(token::Own<T, 8 * UNITS>);
@@ -147,16 +151,16 @@ cudaError_t start(const Token& given, int limit, cudaStream_t stream) {
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {kCluster, 1, 1};
     const int blocks = a.inner / (8 * UNITS);
-    return launch_with(attributes, kCluster == 1 ? 1 : 2, kernel, blocks, token::kThreads + 32, shared, stream, a);
+    return launch_with(attributes, kCluster == 1 ? 1 : 2, kernel, blocks, token::kThreads + 32, shared, stream, a, table);
 }
 
 template <typename T, bool MAMBA2>
-cudaError_t start(const Token& a, int units, int limit, cudaStream_t stream) {
-    if (a.layer_sums > 0) return start<T, MAMBA2, kSumUnits, true>(a, limit, stream);
+cudaError_t start(const Token& a, const LayerTable& table, int units, int limit, cudaStream_t stream) {
+    if (a.layer_sums > 0) return start<T, MAMBA2, kSumUnits, true>(a, table, limit, stream);
     switch (units) {
-        case 4: return start<T, MAMBA2, 4, false>(a, limit, stream);
-        case 5: return start<T, MAMBA2, 5, false>(a, limit, stream);
-        default: return start<T, MAMBA2, 8, false>(a, limit, stream);
+        case 4: return start<T, MAMBA2, 4, false>(a, table, limit, stream);
+        case 5: return start<T, MAMBA2, 5, false>(a, table, limit, stream);
+        default: return start<T, MAMBA2, 8, false>(a, table, limit, stream);
     }
 }
 
@@ -193,23 +197,20 @@ cudaError_t token_of_row(const MambaModel& c, void* workspace, cudaStream_t stre
     const Workspace at(a, c.inner / (8 * units), workspace);
     uint4* const zeros = reinterpret_cast<uint4*>(static_cast<char*>(workspace) + at.zeros);
     const int64_t all = (at.zeros_end - at.zeros) / sizeof(uint4);
-    const int tables = static_cast<int>(ceil_div(c.layers, token::kTableLayers));
-    for (int i = 0; i < tables; i++) {
-        LayerTable table{};
-        const int first = i * token::kTableLayers, count = std::min(token::kTableLayers, c.layers - first);
-        for (int j = 0; j < count; j++) {
-            if (!make_layer(encode, table.each[j], c, c.each[first + j], a, 8 * units)) return cudaErrorInvalidValue;
-        }
-        token::token_table_kernel<<<kTableBlocks, kTableThreads, 0, stream>>>(
-            table, count, at.each + first, zeros, all * i / tables, all * (i + 1) / tables);
-        error = cudaGetLastError();
-        if (error != cudaSuccess) return error;
+    LayerTable tables[kTables]{};
+    for (int i = 0; i < c.layers; i++) {
+        TokenLayer& to = tables[i / token::kTableLayers].each[i % token::kTableLayers];
+        if (!make_layer(encode, to, c, c.each[i], a, 8 * units)) return cudaErrorInvalidValue;
     }
+    token::token_table_kernel<<<kTableBlocks, kTableThreads, 0, stream>>>(
+        tables[1], others_of(c.layers), at.others, zeros, all);
+    error = cudaGetLastError();
+    if (error != cudaSuccess) return error;
     error = cudaErrorInvalidValue;
     const auto run = [&](auto t) {
         using T = decltype(t);
         const auto start_it = is_mamba2(c) ? start<T, true> : start<T, false>;
-        error = start_it(a, units, device.shared_bytes, stream);
+        error = start_it(a, tables[0], units, device.shared_bytes, stream);
     };
     if (c.dtype == MAMBA_FLOAT16) {
         run(__half{});

@@ -12,7 +12,7 @@ constexpr int kInRows = 256;                        // of in_proj, of a stage of
 constexpr int kColumns = 256, kBoxColumns = 64;     // of x_proj and out_proj, of a stage, which comes in boxes
 constexpr int kMostSlots = 32, kMostBlocks = 128, kMostWidth = 4096;
 constexpr int kSlotAlign = 1024;  // of shared addresses, which decide where swizzled rows lie
-constexpr int kTableLayers = 40;  // that are an argument of a kernel, at most 32 KiB
+constexpr int kTableLayers = 40;  // that are an argument, of at most 32 KiB; a kernel ahead puts the others in memory
 
 // Blocks of a cluster. Rows of 80 bytes, which 40 columns have, come slower than rows of 160: where that is a block's share of
 // x or z, two blocks take the columns of both, each for half of the inputs, and send each other sums.
@@ -41,12 +41,17 @@ struct Token {
     float eps, norm_eps, dt_min, dt_max;
     const int32_t *input_ids, *seq_lens;
     const void* embedding;
-    const TokenLayer* each;
+    const TokenLayer* others;    // layers behind the first kTableLayers
     uint64_t* sums;              // [layers, layer_sums] words
     uint64_t *low_parts, *lows;  // [to, blocks, own_low] and [low] words
     uint64_t *parts, *stream;    // [to, blocks, part] and [width] words
     float* hidden;               // [width]: the residual stream after the last layer
 };
+
+// A layer whose maps are an argument is copied by them at once; those in memory take a fence each.
+__device__ __forceinline__ const TokenLayer& layer_of(const Token& a, const LayerTable& table, int l) {
+    return l < kTableLayers ? table.each[l] : a.others[l - kTableLayers];
+}
 
 // What has a fixed place in shared memory; of the block's channels, if nothing else is said.
 template <typename T, int OWN>

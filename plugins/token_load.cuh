@@ -108,12 +108,12 @@ struct Loader {
         if (MAMBA2) stage(states, [&](uint32_t to) { line(to, l.ssm_state, 128 * item * first, states); });
     }
 
-    __device__ void run(const Token& a, const MambaLayer* layers) {
+    __device__ void run(const Token& a, const LayerTable& table, const MambaLayer* layers) {
         const int own = blockIdx.x * kOwn;
 #pragma unroll 1
         for (int l = 0; l < a.layers; l++) {
-            const TokenLayer& maps = a.each[l];
-            see(maps.in), see(maps.low), see(maps.out);
+            const TokenLayer& maps = layer_of(a, table, l);
+            if (l >= kTableLayers) see(maps.in), see(maps.low), see(maps.dt), see(maps.out);
             if (MAMBA2) some_rows(maps.low, 2 * a.inner, a.low, blockIdx.x * a.own_width, (a.own_width + 7) / 8 * 8);
             columns(a, maps.in, false);
             filters(a, layers[l]);
@@ -121,7 +121,6 @@ struct Loader {
             columns(a, maps.in, true);
             channels(a, layers[l]);
             if (!MAMBA2) {
-                see(maps.dt);
                 stage(2 * a.rank * kOwn, [&](uint32_t to) { box(to, maps.dt, own, 0); });
             }
             some_rows(maps.out, 0, a.width, own, kOwn);

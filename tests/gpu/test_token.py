@@ -28,7 +28,7 @@ OTHERS: list[dict[str, Any]] = [
     {"d": 2048, "H": 64, "bias": True, "tied": False, "skip": "HP"},
     {"d": 1024, "H": 32, "gate": False, "skip": ""},
     {"d": 1024, "H": 128, "P": 16},
-    {"d": 1536, "H": 48, "layers": 41},  # more than one table of layers
+    {"d": 1536, "H": 48, "layers": 41},  # more than are an argument
 ]
 CASES = [*MAMBA, *MAMBA2, *OTHERS]
 
