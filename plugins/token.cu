@@ -21,7 +21,7 @@ using token::TokenLayer;
 
 constexpr int kUnits[] = {4, 5, 8}, kSumUnits = 4;  // of 8 channels of a block, for which there are kernels
 constexpr int kTableBlocks = 128, kTableThreads = 256;
-constexpr int kTables = 2;  // of layers: an argument of each kernel
+constexpr int kTables = 2;  // of layers: the first is an argument of token_kernel, the other of the kernel ahead
 constexpr int kMostLayers = kTables * token::kTableLayers;  // whose pointers leave room in it for five slots of any size
 
 int64_t even(int64_t v) { return (v + 1) / 2 * 2; }
