@@ -10,7 +10,7 @@ from mamba_deploy.plugins.launches_common import BYTES, ceil_div
 from mamba_deploy.plugins.launches_step import head, in_proj, out_proj, workspace_floats
 from mamba_deploy.plugins.nvrtc import Device, Launch
 from mamba_deploy.plugins.pending import settle
-from mamba_deploy.plugins.structs import MambaHead, MambaInProj, MambaLayer, MambaOutProj
+from mamba_deploy.plugins.structs import MambaHead, MambaInProj, MambaOutProj, layers_of
 
 __all__ = ["model", "workspace_bytes"]
 
@@ -80,7 +80,7 @@ def _chain(c: Any, workspace: int, device: Device) -> list[Launch]:
     def run(plan: Callable[[Any, int, Device], list[Launch]], part: Any) -> None:
         launches.extend(plan(part, at.part, device))
 
-    for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
+    for i, layer in enumerate(layers_of(c)):
         before, after = at.hidden[i % 2], at.hidden[(i + 1) % 2]
         run(in_proj, launches_parts.in_proj_of(c, layer, before, at.projected))
         launches += launches_parts.scan(c, i, at.projected, at.low, at.y, device, may_defer)

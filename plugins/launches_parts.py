@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_int32, c_void_p
 from typing import Any
 
@@ -14,10 +13,10 @@ from mamba_deploy.plugins.pending import Pending, is_in_place, pending_of, pendi
 from mamba_deploy.plugins.structs import (
     MambaHead,
     MambaInProj,
-    MambaLayer,
     MambaSelectiveUpdate,
     MambaSsdUpdate,
     MambaXProj,
+    layers_of,
 )
 
 __all__ = ["ROWS", "ROW_THREADS", "defers", "embed", "head_of", "in_proj_of", "scan"]
@@ -43,9 +42,7 @@ def defers(c: Any, device: Device) -> bool:
     """Whether a step may leave its tokens pending."""
     if not c.heads or not c.pending or c.length > 1 or c.pending_row < pending_row(c) or not is_in_place(c):
         return False
-    return update_defers(c, device) and not any(
-        layer.ssm_state % 16 for layer in (MambaLayer * c.layers).from_address(c.each)
-    )
+    return update_defers(c, device) and not any(layer.ssm_state % 16 for layer in layers_of(c))
 
 
 def embed(c: Any, hidden: int, may_defer: bool) -> Launch:
@@ -71,7 +68,7 @@ def scan(c: Any, i: int, projected: int, low: int, y: int, device: Device, may_d
         device: That of the current context.
         may_defer: See :func:`defers`, which looks at all layers.
     """
-    T, S, layer = c.dtype, c.state_dtype, MambaLayer.from_address(c.each + i * ctypes.sizeof(MambaLayer))
+    T, S, layer = c.dtype, c.state_dtype, layers_of(c)[i]
     last = (layer.A, layer.D, layer.dt_bias, layer.ssm_state, c.seq_lens, y, layer.ssm_state_out)
     if c.heads:
         before = pending_of(c, i) if may_defer else Pending()

@@ -15,7 +15,7 @@ from mamba_deploy.plugins.launches_pad import Copy, pad_launch
 from mamba_deploy.plugins.launches_rows import MOST_ROWS, SUMS
 from mamba_deploy.plugins.launches_step import x_proj
 from mamba_deploy.plugins.nvrtc import Device, Gemm, Launch
-from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaLayer, MambaSelectiveScan, MambaSsdScan, MambaXProj
+from mamba_deploy.plugins.structs import MambaCausalConv1d, MambaSelectiveScan, MambaSsdScan, MambaXProj, layers_of
 
 __all__ = ["prompt", "workspace_bytes"]
 
@@ -109,7 +109,7 @@ class _Prompt:
     def run(self) -> list[Launch | Gemm]:
         c, at = self.c, self.at
         self.found.append(parts.embed(c, at.hidden, self.may_defer))
-        for i, layer in enumerate((MambaLayer * c.layers).from_address(c.each)):
+        for i, layer in enumerate(layers_of(c)):
             self._norm_hidden(layer.norm_weight, False, i > 0)
             self._in_proj(layer)
             if c.length == 1:

@@ -12,7 +12,7 @@ from mamba_deploy.plugins.launches_maps import HOPPER_SHARED, MAP_ALIGN, TensorM
 from mamba_deploy.plugins.launches_parts import in_proj_of
 from mamba_deploy.plugins.launches_step import Linear, is_together, linear_of
 from mamba_deploy.plugins.nvrtc import Device, Launch
-from mamba_deploy.plugins.structs import MambaLayer
+from mamba_deploy.plugins.structs import layers_of
 
 __all__ = ["MOST_ROWS", "SUMS", "are_sizes", "in_proj", "is_rows", "out_proj"]
 
@@ -53,7 +53,7 @@ def is_rows(c: Any, device: Device) -> bool:
     """Whether in_proj and out_proj of a call of MambaModel can be products of ``rows.cu``, and are faster so."""
     if not are_sizes(c) or not has_bulk_copies(device) or device.architecture // 10 != 9:  # PTX has no wgmma
         return False
-    return all(is_together(_in_proj(c, layer, 0, 0)) for layer in (MambaLayer * c.layers).from_address(c.each))
+    return all(is_together(_in_proj(c, layer, 0, 0)) for layer in layers_of(c))
 
 
 def in_proj(c: Any, layer: Any, x: int, y: int, device: Device) -> Launch:
@@ -64,7 +64,7 @@ def in_proj(c: Any, layer: Any, x: int, y: int, device: Device) -> Launch:
 
 def out_proj(c: Any, i: int, x: int, sums: int, device: Device) -> Launch:
     """As ``rows_out_proj`` in C++, of the layer ``i``."""
-    layers = (MambaLayer * c.layers).from_address(c.each)
+    layers = layers_of(c)
     a = Linear(c.batch * c.length, c.inner, c.width, c.inner, x=x, weight=layers[i].out_proj)
     last = i + 1 == c.layers
     after = _next(None if last else layers[i + 1].in_proj, c.width, c.outputs, _SPLIT)

@@ -13,6 +13,8 @@ from mamba_deploy.plugins.pending import HEAD_WORDS, MOST, Pending
 
 __all__ = ["ssd_scan", "ssd_update", "update_defers", "workspace_floats"]
 
+_LATE_HEAD_DIM = 1024
+
 
 def ssd_scan(call: Any, workspace: int, device: Device, rows: tuple[int, int, int] | None = None) -> list[Launch]:
     """As the launcher in ``ssd_scan.cu``: call is its struct, workspace an address.
@@ -83,9 +85,6 @@ def update_defers(call: Any, device: Device) -> bool:
     fills = device.major >= 9 and call.batch <= MAX_GRID_Y and 2 * call.batch * call.heads > 3 * device.multiprocessors
     fits = call.head_dim % 4 == 0 and call.head_dim <= _LATE_HEAD_DIM
     return bool(fills and fits and call.state_size * BYTES[call.state_dtype] % 16 == 0)
-
-
-_LATE_HEAD_DIM = 1024
 
 
 def _late_step(call: Any, at: _Places, before: Pending, device: Device) -> Launch:

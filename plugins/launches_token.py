@@ -13,7 +13,7 @@ from mamba_deploy.plugins.launches_maps import MAP_ALIGN, TensorMap, encoded, ha
 from mamba_deploy.plugins.launches_parts import head_of
 from mamba_deploy.plugins.launches_step import head
 from mamba_deploy.plugins.nvrtc import Device, Launch
-from mamba_deploy.plugins.structs import MambaLayer
+from mamba_deploy.plugins.structs import MambaLayer, layers_of
 
 __all__ = ["is_token", "token_of_row", "workspace_bytes"]
 
@@ -92,11 +92,7 @@ def _are_sizes(c: Any) -> bool:
 
 def _are_aligned(c: Any) -> bool:
     copied = "norm_weight in_proj_bias conv_weight conv_bias conv_state A D dt_bias ssm_state gate_norm ssm_state_out"
-    return all(are_aligned(layer, copied, 16) for layer in _layers(c))
-
-
-def _layers(c: Any) -> Any:
-    return (MambaLayer * c.layers).from_address(c.each)
+    return all(are_aligned(layer, copied, 16) for layer in layers_of(c))
 
 
 def _adds_to_sums(c: Any) -> bool:
@@ -194,7 +190,7 @@ def _others(layers: int) -> int:
 def _tables(c: Any, a: _Token, own: int, encode: Any) -> list[Any]:
     """Of the layers that are an argument of the kernel, and of the others."""
     tables = [(_TokenLayer * _TABLE_LAYERS)() for _ in range(_MOST_LAYERS // _TABLE_LAYERS)]
-    for to, layer in zip(itertools.chain(*tables), _layers(c), strict=False):
+    for to, layer in zip(itertools.chain(*tables), layers_of(c), strict=False):
         _fill(to, layer, c, a, own, encode)
     return tables
 

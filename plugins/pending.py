@@ -9,7 +9,7 @@ from typing import Any
 from mamba_deploy.plugins.launches_common import ceil_div
 from mamba_deploy.plugins.nvrtc import Launch
 from mamba_deploy.plugins.rules import MAX_LAYERS
-from mamba_deploy.plugins.structs import MambaLayer
+from mamba_deploy.plugins.structs import layers_of
 
 __all__ = ["HEAD_WORDS", "MOST", "Pending", "is_in_place", "pending_of", "pending_row", "settle"]
 
@@ -55,7 +55,7 @@ def settle(c: Any) -> list[Launch]:
         return []
     sizes = (c.pending_row, _record_words(c), c.batch, c.heads, c.head_dim, c.state_size, c.groups, c.state_dtype)
     a = _Settle(c.pending, c.pending + 4 * _MARK_WORDS, *sizes)
-    for i, layer in enumerate(_layers(c)):
+    for i, layer in enumerate(layers_of(c)):
         a.states[i] = layer.ssm_state
     name = "mamba::pending::settle_kernel"
     found = [Launch(_SOURCE, name, (_BLOCKS, c.layers, min(c.batch, _ROWS)), (_THREADS,), 0, (a,))]
@@ -68,8 +68,4 @@ def settle(c: Any) -> list[Launch]:
 
 def is_in_place(c: Any) -> bool:
     """Whether all that may be pending goes out where it came in."""
-    return c.pending == c.pending_out and all(layer.ssm_state == layer.ssm_state_out for layer in _layers(c))
-
-
-def _layers(c: Any) -> Any:
-    return (MambaLayer * c.layers).from_address(c.each)
+    return c.pending == c.pending_out and all(layer.ssm_state == layer.ssm_state_out for layer in layers_of(c))

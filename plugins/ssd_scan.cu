@@ -1,9 +1,9 @@
 // MambaSsdScan: which kernel takes a call, and its workspace.
 //
-// One token: ssd_step.cuh, or ssd_late.cuh, which may leave it pending. Prompts of 16-bit activations on sm_80 and newer, P and N multiples of 8 as in every published
-// model: ssd_prompt.cuh, on the tensor cores, or ssd_helped.cuh where heads are fewer than multiprocessors, but not so few
-// that segments are faster. Longer ones of other sizes too, on copies padded by pad.cuh. What is left, that is float32, older
-// GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
+// One token: ssd_step.cuh, or ssd_late.cuh, which may leave it pending. Prompts of 16-bit activations on sm_80 and newer, P and
+// N multiples of 8 as in every published model: ssd_prompt.cuh, on the tensor cores, or ssd_helped.cuh where heads are fewer
+// than multiprocessors, but not so few that segments are faster. Longer ones of other sizes too, on copies padded by pad.cuh.
+// What is left, that is float32, older GPUs, a few tokens, and tiles too large for a GPU's shared memory: ssd_recurrent.cuh.
 #include <algorithm>
 #include <climits>
 #include <type_traits>
@@ -514,8 +514,8 @@ bool model::ssd_update_defers(const MambaSsdUpdate& call) {
     Device device;
     return device.read(ssd::pass_states_kernel) == cudaSuccess && device.major >= 9 && call.batch <= 65535 &&
            2 * int64_t{call.batch} * call.heads > 3 * int64_t{device.multiprocessors} && call.head_dim % 4 == 0 &&
-           call.head_dim <= ssd::kLateHeadDim &&
-           call.state_size * item_bytes(call.state_dtype) % 16 == 0 && is_aligned(call.ssm_state, 16);
+           call.head_dim <= ssd::kLateHeadDim && call.state_size * item_bytes(call.state_dtype) % 16 == 0 &&
+           is_aligned(call.ssm_state, 16);
 }
 
 cudaError_t model::ssd_update_pending(const MambaSsdUpdate& call, const pending::Pending& before, cudaStream_t stream) {

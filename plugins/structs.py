@@ -22,6 +22,7 @@ __all__ = [
     "MambaSsdScan",
     "MambaSsdUpdate",
     "MambaXProj",
+    "layers_of",
     "pointers",
 ]
 
@@ -142,6 +143,11 @@ class MambaModel(ctypes.Structure):
         "input_ids seq_lens embedding norm_weight head pending logits pending_out each",
         floats="eps norm_eps dt_min dt_max",
     )
+
+
+def layers_of(call: Any) -> Any:
+    """The layers of a :class:`MambaModel`, as they lie in memory."""
+    return (MambaLayer * call.layers).from_address(call.each)
 
 
 class MambaSampleToken(ctypes.Structure):

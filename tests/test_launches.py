@@ -686,7 +686,7 @@ def test_one_rows_token_is_one_kernel_and_the_head(library, name):
             planned = compare(library, call, of_driver(library, DEVICES[0]))
             table, token, _ = planned
             assert table.arguments[1].value == (24 if layers == 64 else 0)
-            assert token.arguments[1][1].at.in_proj == launches_token._layers(call)[1].in_proj
+            assert token.arguments[1][1].at.in_proj == structs.layers_of(call)[1].in_proj
             mamba2, sums = (str(given).lower() for given in (call.heads > 0, call.width < 2048))
             assert token.kernel == f"mamba::token::token_kernel<{T}, {mamba2}, {units}, {sums}>"
             assert token.cooperative
