@@ -1,7 +1,8 @@
 """The GPU: memory, a stream, CUDA graphs. The only module of the runtime that touches CUDA.
 
-pycuda for everything but graphs, which it does not have; those come from cuda-bindings on pycuda's stream. The primary
-context is used, which TensorRT and other libraries share.
+pycuda for everything but graphs, which it does not have, and memory of the host that is page-locked afterwards, for its
+register_host_memory() crashes (2026.1 with NumPy 1.26); those come from cuda-bindings, graphs on pycuda's stream. The
+primary context is used, which TensorRT and other libraries share.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ class Device:
         self.name: str = device.name()
         self.architecture = "".join(str(part) for part in device.compute_capability())
         self.l2_bytes = int(device.get_attribute(self._cuda.device_attribute.L2_CACHE_SIZE))
+        self._locked: list[NDArray[Any]] = []
         with self:
             self._stream = self._cuda.Stream()
 
@@ -146,6 +148,9 @@ class Device:
     def close(self) -> None:
         """Let the context go; memory is to be given back before."""
         with self:
+            for array in self._locked:
+                self._bindings.cuMemHostUnregister(array.ctypes.data)
+            self._locked.clear()
             self._stream = None
         self._context.detach()
 
@@ -183,6 +188,19 @@ class Device:
         while not hasattr(base, "get_device_pointer"):
             base = base.base
         return array, int(base.get_device_pointer())
+
+    def page_locked(self, shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], bool]:
+        """Zeros on the host that the device copies to and from at full speed, if the second is true.
+
+        The memory is the host's, so the array may outlive the device. Some systems, as WSL, cannot page-lock it.
+        """
+        array = self._cuda.aligned_empty(shape, dtype)
+        array[...] = 0
+        address: int = array.ctypes.data
+        is_locked = int(self._bindings.cuMemHostRegister(address, array.nbytes, 0)[0]) == 0
+        if is_locked:
+            self._locked.append(array)
+        return array, is_locked
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
         """Copy a dense host array to the device, in the order of the stream; the array is to be kept till then."""

@@ -25,6 +25,7 @@ from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
 from mamba_deploy.runtime.ahead import BLOCK, LOG_STEPS, Ahead
 from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View, aligned
 from mamba_deploy.runtime.gpu_state import GpuState, row_bytes, state_bytes
+from mamba_deploy.runtime.lent import Lent
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
 
@@ -36,6 +37,7 @@ _TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32
 _GRAPHS_KEPT = 16  # one for each number of rows, and for each way of choosing tokens
 _PROMPTS_KEPT = 64  # graphs of prompts, and lengths that came once
 _PROMPT_STEP = 32  # tokens; prompts are filled up to a multiple, so that most lengths come again
+_LOGITS_KEPT = 3  # arrays that logits come to: what a caller has, what it gets next, and one that is never given
 _MAX_EOS = 64  # ids that end a row and that the GPU looks for
 
 
@@ -152,8 +154,10 @@ class TensorRTBackend:
             axes = tuple(self._engine.get_tensor_shape(name))[2:]
             nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
             self._marked[name] = (allocate(nbytes, name).address, dtype, axes)
-        self._ids = allocate(4 * tokens, "token ids")
-        self._lens = allocate(4 * self.max_batch, "lengths")
+        self._first_id = aligned(4 * self.max_batch) // 4  # behind the lengths, so that one copy brings both
+        inputs = self._first_id + tokens
+        self._lens = allocate(4 * inputs, "lengths and token ids").address
+        self._ids = self._lens + 4 * self._first_id
         self._steps = allocate(4 * self.max_batch, "step counts")
         self._eos = allocate(4 * _MAX_EOS, "ids that end a row")
         self._host_eos, _ = self.device.host_array((_MAX_EOS,), np.int32)
@@ -162,9 +166,11 @@ class TensorRTBackend:
         self.host_uniform, self._uniform_address = self.device.host_array((LOG_STEPS * self.max_batch,), np.float64)
         self._kernels: Kernels | None = None
         self._no_kernels = False
-        self._host_ids, _ = self.device.host_array((tokens,), np.int32)
-        self._host_lens, _ = self.device.host_array((self.max_batch,), np.int32)
-        self._host_logits, _ = self.device.host_array((self.max_batch, V), np.float32)
+        self._host_inputs, _ = self.device.host_array((inputs,), np.int32)
+        arrays, is_locked = self.device.page_locked((_LOGITS_KEPT, self.max_batch, V), np.float32)
+        self._host_logits = Lent(arrays)
+        if not is_locked:
+            self._say("slower than it should be: CUDA cannot page-lock memory here, so logits take longer to the host")
         self._contexts = []
         for profile in (DECODE, PROMPT):
             context = trt.new_context(self._engine, memory.address, scratch)
@@ -290,11 +296,11 @@ class TensorRTBackend:
 
     def _load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
         """Put in place what a step reads."""
-        self.device.synchronize()  # nothing reads the host arrays any more
-        for host, memory, values in ((self._host_ids, self._ids, tokens), (self._host_lens, self._lens, lengths)):
-            used = host[: len(values)]
-            used[...] = values
-            self.device.upload(memory.address, used)
+        self.device.synchronize()  # nothing reads the host array any more
+        end = self._first_id + len(tokens)
+        self._host_inputs[: len(lengths)] = lengths
+        self._host_inputs[self._first_id : end] = tokens
+        self.device.upload(self._lens, self._host_inputs[:end])
 
     def _graph(self, key: Any, state: GpuState, enqueue: Callable[[], None]) -> Graph | None:
         """A graph of what is bound now; None, which is said once, where it cannot be captured."""
@@ -326,9 +332,12 @@ class TensorRTBackend:
             return None
 
     def _read_logits(self, batch: int) -> NDArray[np.float32]:
-        self.device.download(self._host_logits[:batch], self._logits.address)
+        """The caller's own: one that is lent, for a copy may take longer than the step, or of the last a copy."""
+        logits: NDArray[np.float32] = self._host_logits.lend()[:batch]
+        self.device.download(logits, self._logits.address)
         self.device.synchronize()
-        logits = self._host_logits[:batch].copy()
+        if self._host_logits.left == 0:
+            logits = logits.copy()
         return logits[:, None] if self._contract.all_logits else logits
 
     # --- for bench ------------------------------------------------------------------------------------------------
@@ -438,9 +447,9 @@ class TensorRTBackend:
                 View(self._logits.address, (batch, V), "float32"),
                 uniform,
                 steps=View(self._steps.address, (batch,), "int32"),
-                tokens=View(self._ids.address, (batch,), "int32"),
+                tokens=View(self._ids, (batch,), "int32"),
                 log=View(self._log_address, (LOG_STEPS, batch), "int32"),
-                seq_lens=View(self._lens.address, (batch,), "int32"),
+                seq_lens=View(self._lens, (batch,), "int32"),
                 eos_ids=View(self._eos.address, (_MAX_EOS,), "int32"),
                 stream=self.device.stream,
                 **filters,
@@ -564,8 +573,12 @@ class TensorRTBackend:
         specs = self._bound_specs
         if before[1:] == key[1:]:  # but for the number of tokens
             specs = [spec for spec in specs if spec.role == "tokens"]
-        memories = {"tokens": self._ids, "lengths": self._lens, "logits": self._logits, "next_token": self._next}
-        by_role = {role: memory.address for role, memory in memories.items()}
+        by_role = {
+            "tokens": self._ids,
+            "lengths": self._lens,
+            "logits": self._logits.address,
+            "next_token": self._next.address,
+        }
         accepted = True
         for spec in specs:
             if spec.direction == "in":

@@ -220,7 +220,7 @@ class Session:
             tokens: Integers [B].
 
         Returns:
-            Logits float32 [B, V].
+            Logits float32 [B, V], the caller's to keep and to write to.
 
         Raises:
             InputError: An id is not in the vocabulary, or the number of rows changed.

@@ -57,8 +57,8 @@ class FakeDevice:
     l2_bytes = 1 << 10
     token_seconds, bandwidth = 1e-3, 1e12  # of the engine, a token of all rows; of copies, read and written
 
-    def __init__(self, *, total: int = 1 << 30, can_capture: bool = True) -> None:
-        self.total, self.can_capture = total, can_capture
+    def __init__(self, *, total: int = 1 << 30, can_capture: bool = True, can_lock: bool = True) -> None:
+        self.total, self.can_capture, self.can_lock = total, can_capture, can_lock
         self.regions: dict[int, Any] = {}
         self.queue: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
@@ -94,6 +94,9 @@ class FakeDevice:
 
     def host_array(self, shape: tuple[int, ...], dtype: Any) -> tuple[Any, int]:
         return np.zeros(shape, dtype), 0
+
+    def page_locked(self, shape: tuple[int, ...], dtype: Any) -> tuple[Any, bool]:
+        return np.zeros(shape, dtype), self.can_lock
 
     def at(self, address: int, nbytes: int) -> Any:
         """The bytes there, which must lie in one allocation."""

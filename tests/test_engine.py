@@ -45,9 +45,9 @@ def opened(path: Path, request: pytest.FixtureRequest) -> Iterator[Open]:
     devices = []
     sessions = []
 
-    def of(*, can_capture: bool = True, total: int = 1 << 30, said: list[str] | None = None, **engine: Any) -> Session:
+    def of(*, can_capture: bool = True, can_lock: bool = True, said: list[str] | None = None, **engine: Any) -> Session:
         given = fake_gpu.give_engine(path, fused=request.param != "operators", **engine)
-        devices.append(fake_gpu.FakeDevice(can_capture=can_capture, total=total))
+        devices.append(fake_gpu.FakeDevice(can_capture=can_capture, can_lock=can_lock))
         backend = fake_gpu.open_backend(given, devices[-1], say=(said if said is not None else []).append)
         sessions.append(Session(backend, given.config))
         return sessions[-1]
@@ -70,6 +70,35 @@ def bits(session: Session) -> list[bytes]:
 
 def tokens(session: Session, prompts: Any, **options: Any) -> list[tuple[int, int, str | None]]:
     return [(token.row, token.id, token.finish_reason) for token in session.generate(prompts, **options)]
+
+
+# --- what a caller is given ---------------------------------------------------------------------------------------
+
+
+def test_logits_are_the_callers_own(opened: Open, cpu: Session) -> None:
+    """However many are kept, and whatever is written to them; a row alone, and after the session too."""
+    session = opened()
+    kept = [session.prefill([[1, 2], [3]])]
+    given, wanted = [kept[0].copy()], [cpu.prefill([[1, 2], [3]])]
+    for token in range(6):
+        logits = session.step([token, 9])
+        wanted.append(cpu.step([token, 9]))
+        kept.append(logits if token % 2 else logits[1])
+        given.append(kept[-1].copy())
+        kept[0][...] = token
+    kept[0][...] = given[0]
+    session.close()
+    for own, copy, other in zip(kept, given, wanted, strict=True):
+        np.testing.assert_array_equal(own, copy)
+        np.testing.assert_allclose(own, other if own.ndim == 2 else other[1], rtol=1e-4, atol=1e-5)
+    assert not any(np.shares_memory(a, b) for i, a in enumerate(kept) for b in kept[:i])
+
+
+def test_memory_that_cannot_be_page_locked_is_said(opened: Open, cpu: Session) -> None:
+    said: list[str] = []
+    session = opened(can_lock=False, said=said)
+    np.testing.assert_allclose(session.step([5]), cpu.step([5]), rtol=1e-4, atol=1e-5)
+    assert said == ["slower than it should be: CUDA cannot page-lock memory here, so logits take longer to the host"]
 
 
 # --- what is bound ------------------------------------------------------------------------------------------------

@@ -374,6 +374,20 @@ def test_two_sessions_side_by_side(opened: Callable[..., Any]) -> None:
     assert [x.tobytes() for x in got] == [x.tobytes() for x in want]
 
 
+def test_logits_are_the_callers_own(built: Any) -> None:
+    """However many are kept, and after the session too, whose memory they came to."""
+    from mamba_deploy import Session
+
+    with Session.open(built("tiny-mamba-fp16").path, "tensorrt") as session:
+        kept = [session.prefill([[1, 2, 3], [4]]), *(session.step([t, t]) for t in range(6))]
+        first = [logits.tobytes() for logits in kept]
+        alone = session.step([7, 7])[1]
+        want = alone.tobytes()
+    assert [logits.tobytes() for logits in kept] == first
+    assert alone.tobytes() == want
+    assert len(set(first)) == 7
+
+
 def test_another_thread_is_told_so(opened: Callable[..., Any]) -> None:
     session, said = opened("tiny-mamba-fp16"), []
 
