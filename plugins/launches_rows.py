@@ -21,7 +21,7 @@ MOST_ROWS = 128
 
 _ROWS, _INPUTS, _THREADS, _SPLIT, _MOST_SLOTS = 64, 64, 384, 2, 16
 _SHARED, _RING = HOPPER_SHARED - 2048, 1024  # bytes at most; where the ring begins
-_LEAST_ROWS, _WIDTH_STEP, _BOX_COLUMNS = 3, _SPLIT * _INPUTS, 64
+_ONE_ROW_WIDTH, _WIDTH_STEP, _BOX_COLUMNS = 4096, _SPLIT * _INPUTS, 64
 _COLUMNS = (192, 160, 144, 128, 96, 64)  # of a cluster, for which there are kernels
 _ASKED = 4 << 20  # bytes of the next weights that a product asks for
 
@@ -44,7 +44,8 @@ class _Product(ctypes.Structure):
 
 def are_sizes(c: Any) -> bool:
     """As ``are_rows_sizes`` in C++: whatever the device."""
-    if not _LEAST_ROWS <= c.batch * c.length <= MOST_ROWS or c.dtype == 0:
+    least = 2 if c.width < _ONE_ROW_WIDTH else 1
+    if not least <= c.batch * c.length <= MOST_ROWS or c.dtype == 0:
         return False
     return not (c.width % _WIDTH_STEP or c.inner % (SUMS * _WIDTH_STEP) or c.outputs % 8)
 

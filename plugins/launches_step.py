@@ -65,7 +65,7 @@ def x_proj(call: Any, workspace: int, device: Device) -> list[Launch]:
     tiles = _low_tiles(a.batch)
     needed, most = _low_bytes(a, tiles), device.shared_bytes - _LOW_SPARE
     aligned = a.by_16 and not (a.outputs % 8 or a.y % 8)
-    if BYTES[call.dtype] != 2 or device.major < 9 or a.batch <= _NORM_ROWS or not aligned or needed > most:
+    if BYTES[call.dtype] != 2 or device.major < 9 or a.batch < 2 or not aligned or needed > most:
         return _linear(a, call.dtype, call.dtype, workspace, device)
     grid = _low_grid(a.outputs, a.batch)
     name, shared = kernel_name("step", "x_proj_kernel", TYPES[call.dtype], tiles), max(needed, min(_LOW_SHARED, most))
@@ -250,7 +250,7 @@ def selective_update(call: Any, workspace: int, device: Device, early: bool = Fa
     warps, channels = 16 // item, 128 // item
     groups, rows, most = ceil_div(call.channels, channels), 1, min(call.batch, _COLUMNS)
     of_states = call.state_size == 16 and not call.ssm_state % 16
-    by_rows = item == 2 and device.major >= 8 and of_states and call.batch > 2
+    by_rows = item == 2 and device.major >= 8 and of_states and call.batch > (1 if device.major >= 9 else 2)
     if by_rows:
         rows, of_row = most, 4 * 256 + 1024 * BYTES[call.state_dtype]
         name = kernel_name("scan", "update_rows_kernel", TYPES[call.dtype], TYPES[call.state_dtype])

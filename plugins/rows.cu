@@ -13,12 +13,12 @@
 namespace mamba {
 namespace model {
 
-constexpr int kLeastRows = 3, kWidthStep = 128;
+constexpr int kOneRowWidth = 4096, kWidthStep = 128;
 
-// From kLeastRows on it is faster than the parts of a step: samples/results/step.txt, 52 and 87.
+// From two rows on, or one of wide models, it is faster than the parts of a step: samples/results/step.txt, 52, 87 and 154.
 bool are_rows_sizes(const MambaModel& c) {
-    const int64_t rows = rows_of(c);
-    return rows >= kLeastRows && rows <= kMostRows && c.dtype != MAMBA_FLOAT32 && c.width % kWidthStep == 0 &&
+    const int64_t rows = rows_of(c), least = c.width < kOneRowWidth ? 2 : 1;
+    return rows >= least && rows <= kMostRows && c.dtype != MAMBA_FLOAT32 && c.width % kWidthStep == 0 &&
            c.inner % (kSums * kWidthStep) == 0 && c.outputs % 8 == 0;
 }
 

@@ -158,8 +158,9 @@ class Chain:
         c, weight = self.config, self.model.embedding.weight
         self.ids.copy_(tokens[:, None])
         limits = () if c.generation == "mamba" else (c.dt_min, c.dt_max, c.n_groups)
+        scan_eps = -1.0 if c.scan_norm_eps is None else c.scan_norm_eps
         self.kernels.model(
-            self.ids, self.lengths, weight, self.model.norm_f.weight, None, self.layers, c.norm_eps, -1.0, *limits,
+            self.ids, self.lengths, weight, self.model.norm_f.weight, None, self.layers, c.norm_eps, scan_eps, *limits,
             logits=self.logits, pending=self.pending, workspace=self.workspace, stream=_stream(),
         )  # fmt: skip
         return self.logits

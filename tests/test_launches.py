@@ -774,7 +774,7 @@ def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
         for dtype, T in ((1, "__half"), (2, "__nv_bfloat16")):
             call = a_token(name, draw, batch=batch, dtype=dtype)
             planned = compare(library, call, of_driver(library, DEVICES[0]))
-            if 3 <= batch <= 128:
+            if batch <= 128:
                 tiles = 1 if batch <= 64 else 2
                 kinds = [f"mamba::rows::rows_kernel<{T}, {columns}, {tiles}>" for columns in ROWS[name]]
                 assert of_rows(planned) == kinds * call.layers
@@ -787,6 +787,19 @@ def test_a_token_of_some_rows_is_by_rows_kernel(library, name):
             assert launches.workspace_bytes("model", call) == workspace(ctypes.byref(call))
 
 
+@pytest.mark.parametrize(("width", "groups", "is_rows"), [(4096, 8, True), (4096, 1, True), (2048, 8, False)])
+def test_one_row_of_wide_models_that_is_no_token_is_by_rows_kernel(library, monkeypatch, width, groups, is_rows):
+    """As of Codestral Mamba, which has eight groups."""
+    monkeypatch.setitem(WIDTHS, "mamba2-wide", (width, 8))
+    call = a_token("mamba2-wide", random.Random(width), groups=groups, dtype=1)
+    planned = compare(library, call, of_driver(library, DEVICES[0]._replace(multiprocessors=132)))
+    assert (len(of_rows(planned)) == 2 * call.layers) == is_rows
+    assert not is_token(planned)
+    workspace = library.mamba_model_workspace
+    workspace.restype = ctypes.c_size_t
+    assert launches.workspace_bytes("model", call) == workspace(ctypes.byref(call))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_short_prompt_is_by_rows_kernel(library, name):
     draw, workspace = random.Random(name), library.mamba_model_workspace
@@ -796,7 +809,7 @@ def test_a_short_prompt_is_by_rows_kernel(library, name):
         planned = compare(library, call, of_driver(library, DEVICES[0]))
         tiles = 1 if rows <= 64 else 2
         kinds = [f"mamba::rows::rows_kernel<__half, {columns}, {tiles}>" for columns in ROWS[name]]
-        assert of_rows(planned) == (kinds * call.layers if 3 <= rows <= 128 else [])
+        assert of_rows(planned) == (kinds * call.layers if rows <= 128 else [])
         # No convolution in them: it is along the prompt.
         assert not any(p.arguments[0].a.conv_channels or p.arguments[0].a.conv_state for p in products_of_rows(planned))
         assert sum(isinstance(p, Launch) and "conv::prompt_kernel" in p.kernel for p in planned) == call.layers
@@ -862,11 +875,11 @@ def test_other_tokens_are_not_by_rows_kernel(library, name, changed):
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_the_scan_of_some_rows_and_what_it_reads(library, device):
-    """x_proj and the scan of a token, from 3 rows on: by kernels that share rows out otherwise than those of fewer."""
+    """x_proj and the scan of a token, from 2 or 3 rows on: by kernels that share rows out otherwise than of fewer."""
     device = of_driver(library, device)
     for batch in (1, 2, 3, 16, 17, 67):
         for dtype in (0, 1, 2):
-            some = dtype > 0 and batch > 2
+            some = dtype > 0 and batch > (1 if device.major >= 9 else 2)
             x = structs.MambaXProj(batch, 1, 8192, 4096, 160, dtype, 1 << 20, 1 << 24, 1 << 28)
             [low] = compare(library, x, device, "x_proj")
             by_clusters = some and device.major >= 9

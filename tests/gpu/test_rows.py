@@ -24,13 +24,13 @@ OTHERS: list[dict[str, Any]] = [
     {"d": 512, "H": 16, "gate": False, "skip": ""},
     {"d": 384, "H": 16, "P": 96, "N": 32},
 ]
-ROWS = (3, 12, 17, 64, 65, 128)
+ROWS = (2, 3, 12, 17, 64, 65, 128)
 
 
 @pytest.mark.parametrize(("T", "S"), [(F16, F32), (BF16, F32), (F16, F16)], ids=str)
 @pytest.mark.parametrize("case", [*MAMBA, *MAMBA2], ids=str)
 def test_equals_the_reference(case: dict[str, Any], T: torch.dtype, S: torch.dtype) -> None:
-    for B in (3, 17, 64, 65):
+    for B in (2, 3, 17, 64, 65):
         Call(Model(T, B, 1, S, **{"layers": 2, "V": 257} | case), same=B == 17).run()
 
 
@@ -39,6 +39,12 @@ def test_equals_the_reference(case: dict[str, Any], T: torch.dtype, S: torch.dty
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_other_sizes(case: dict[str, Any], T: torch.dtype, B: int) -> None:
     Call(Model(T, B, 1, **{"V": 257} | case)).run()
+
+
+@pytest.mark.parametrize("T", [F16, BF16], ids=str)
+def test_one_row_of_a_wide_model_in_groups(T: torch.dtype) -> None:
+    """Of Codestral Mamba's sizes."""
+    Call(Model(T, 1, 1, layers=2, V=257, d=4096, H=128, n_groups=8)).run()
 
 
 @pytest.mark.parametrize("T", [F16, BF16], ids=str)
