@@ -9,7 +9,7 @@ namespace mamba {
 namespace model {
 namespace {
 
-constexpr int kChainRows = 2;  // that the parts of a step always take
+constexpr int kChainRows = 2;  // up to which cuBLAS does not take products from the parts of a step
 
 // --- the chain ----------------------------------------------------------------------------------------------------
 

@@ -190,12 +190,12 @@ class Device:
         return array, int(base.get_device_pointer())
 
     def page_locked(self, shape: tuple[int, ...], dtype: Any) -> tuple[NDArray[Any], bool]:
-        """Zeros on the host that the device copies to and from at full speed, if the second is true.
+        """An array on the host that the device copies to and from at full speed, if the second is true.
 
-        The memory is the host's, so the array may outlive the device. Some systems, as WSL, cannot page-lock it.
+        Its contents are undefined. The memory is the host's, so it may outlive the device. Some systems, as WSL, cannot
+        page-lock it.
         """
         array = self._cuda.aligned_empty(shape, dtype)
-        array[...] = 0
         address: int = array.ctypes.data
         is_locked = int(self._bindings.cuMemHostRegister(address, array.nbytes, 0)[0]) == 0
         if is_locked:

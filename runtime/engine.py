@@ -332,7 +332,7 @@ class TensorRTBackend:
             return None
 
     def _read_logits(self, batch: int) -> NDArray[np.float32]:
-        """The caller's own: one that is lent, for a copy may take longer than the step, or of the last a copy."""
+        """The caller's own: lent, for a copy may take longer than the step; a copy where that was the last."""
         logits: NDArray[np.float32] = self._host_logits.lend()[:batch]
         self.device.download(logits, self._logits.address)
         self.device.synchronize()

@@ -96,7 +96,7 @@ class FakeDevice:
         return np.zeros(shape, dtype), 0
 
     def page_locked(self, shape: tuple[int, ...], dtype: Any) -> tuple[Any, bool]:
-        return np.zeros(shape, dtype), self.can_lock
+        return np.full(shape, POISON, dtype), self.can_lock
 
     def at(self, address: int, nbytes: int) -> Any:
         """The bytes there, which must lie in one allocation."""
