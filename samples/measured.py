@@ -1,4 +1,4 @@
-"""Writes what a script measured: one JSON file, whole or not at all. See the README for its fields."""
+"""Writes what a script measured: one JSON file, whole or not at all. `results/README.md` says what is in it."""
 
 from __future__ import annotations
 
