@@ -19,7 +19,8 @@ from mamba_deploy.contract import numpy_dtype
 from mamba_deploy.errors import EngineError, ExportError, MambaDeployError
 from mamba_deploy.exporters.engine_build import engine_file, engine_request
 from mamba_deploy.exporters.functions import element_type
-from mamba_deploy.runtime.engine import MarkedEngine, TensorRTBackend
+from mamba_deploy.runtime.engine import TensorRTBackend
+from mamba_deploy.runtime.engine_file import MarkedEngine
 from mamba_deploy.runtime.ort import open_session
 
 __all__ = ["layer_names", "onnxruntime_layers", "onnxruntime_session", "tensorrt_layers"]

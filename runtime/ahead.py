@@ -8,32 +8,20 @@ to the one that counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mamba_deploy.errors import EngineError
-from mamba_deploy.runtime.device import Device, Graph
+from mamba_deploy.runtime.buffers import LOG_STEPS, Buffers
+from mamba_deploy.runtime.device import Graph
 from mamba_deploy.runtime.gpu_state import GpuState
 from mamba_deploy.runtime.sampling import NOT_FINITE
 
-__all__ = ["LOG_STEPS", "Ahead", "Buffers"]
+__all__ = ["BLOCK", "Ahead"]
 
-BLOCK = 48  # steps enqueued at once: between blocks the GPU waits for the host, some 0.2 ms
-LOG_STEPS = 64  # that the buffers below have room for: those of a block, and more
-
-
-class Buffers(Protocol):
-    """What a step reads and writes beside the state; for B rows, the first B of each are used."""
-
-    device: Device
-    host_log: NDArray[np.int32]  # [LOG_STEPS * max_batch], what was chosen, which the kernel writes
-    host_uniform: NDArray[np.float64]  # [LOG_STEPS * max_batch], random numbers, which it reads
-
-    def load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32], step: int) -> None:
-        """Put in place what the next step reads; the state is at this step."""
-        ...
+BLOCK = 48  # steps enqueued at once, less than LOG_STEPS: between blocks the GPU waits for the host, some 0.2 ms
 
 
 class Ahead:
@@ -141,4 +129,4 @@ class Ahead:
         self._state.since = None  # the copy is ours
 
     def _load(self, step: int) -> None:
-        self._buffers.load(self._tokens[step], self._active_at_start.astype(np.int32), step)
+        self._buffers.load_step(self._tokens[step], self._active_at_start.astype(np.int32), step)

@@ -9,44 +9,39 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_deploy.bundle import ENGINES, PORTABLE, WEIGHTS, Bundle
-from mamba_deploy.contract import Contract, TensorSpec, numpy_dtype, pending_specs, to_float32
+from mamba_deploy.bundle import ENGINES, Bundle
+from mamba_deploy.contract import Contract, numpy_dtype, pending_specs, to_float32
 from mamba_deploy.errors import EngineError, InputError, MissingDependencyError, PluginError
 from mamba_deploy.plugins.kernels import Kernels, RuntimeKernels
-from mamba_deploy.runtime.ahead import BLOCK, LOG_STEPS, Ahead
-from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, View, aligned
+from mamba_deploy.runtime.ahead import BLOCK, Ahead
+from mamba_deploy.runtime.buffers import MAX_EOS, Buffers
+from mamba_deploy.runtime.device import ALIGNMENT, Device, Graph, Memory, aligned
+from mamba_deploy.runtime.engine_file import (
+    TRT_DTYPES,
+    MarkedEngine,
+    check_fits,
+    check_tensors,
+    load_engine,
+    upload_weights,
+)
 from mamba_deploy.runtime.gpu_state import GpuState, row_bytes, state_bytes
-from mamba_deploy.runtime.lent import Lent
 from mamba_deploy.runtime.sampling import Sampling
 from mamba_deploy.runtime.trt import PluginKind, TensorRT, library_in_use, load
 
-__all__ = ["MarkedEngine", "TensorRTBackend", "load_engine"]
+__all__ = ["TensorRTBackend"]
 
 DECODE, PROMPT = 0, 1  # profiles of the engine
 _STEPS_KEPT = 16  # single tokens that are read before the state is copied again
-_TRT_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32"}
 _GRAPHS_KEPT = 16  # one for each number of rows, and for each way of choosing tokens
 _PROMPTS_KEPT = 64  # graphs of prompts, and lengths that came once
 _PROMPT_STEP = 32  # tokens; prompts are filled up to a multiple, so that most lengths come again
-_LOGITS_KEPT = 3  # arrays that logits come to: what a caller has, what it gets next, and one that is never given
-_MAX_EOS = 64  # ids that end a row and that the GPU looks for
-
-
-class MarkedEngine(NamedTuple):
-    """An engine of a bundle's graph with tensors within it, each [batch, seq, ...], made outputs too."""
-
-    path: Path
-    facts: Mapping[str, Any]  # as the manifest has them of the bundle's own engine
-    marked: Sequence[str]
 
 
 class TensorRTBackend:
@@ -92,7 +87,7 @@ class TensorRTBackend:
         with contextlib.ExitStack() as stack:  # gives back what was taken if a later step fails
             self.device = device or Device()
             stack.callback(self.device.close)
-            _check_fits(bundle, facts, trt, self.device)
+            check_fits(bundle, facts, trt, self.device)
             self._memories: list[Memory] = []
             self.memory: dict[str, int] = {}  # bytes taken on the GPU, by what they hold
             stack.callback(self._release)
@@ -109,14 +104,13 @@ class TensorRTBackend:
         trt: TensorRT,
         engine: MarkedEngine | None,
     ) -> None:
-        log = trt.logger(self._say)
+        self._log = trt.logger(self._say)
         plugins: PluginKind = facts["plugins"]
         self._plugins = trt.load_plugins(plugins, self._say)
         fused = bool(facts.get("fused"))
         if fused:
             trt.find_products()
-        path = engine.path if engine else bundle.file(ENGINES[backend])
-        self._engine: Any = load_engine(trt, log, path)
+        self._engine: Any = load_engine(trt, self._log, engine.path if engine else bundle.file(ENGINES[backend]))
         layers = self._engine.num_layers
         if fused and layers > 2 * facts["layers"]:  # for each profile; more would convert what it takes
             self._say(f"slower than it should be: {trt.label} made {layers} layers of one operator")
@@ -124,94 +118,70 @@ class TensorRTBackend:
         left_out = ("next_token",) if fused else ()
         pending = pending_specs(facts.get("pending", 0))
         self._bound_specs = [spec for spec in (*self._contract.tensors, *pending) if spec.name not in left_out]
-        _check_tensors(self._engine, self._bound_specs, [*facts["weights"], *marked])
-        self._log = log
+        check_tensors(self._engine, self._bound_specs, [*facts["weights"], *marked])
 
-        def allocate(nbytes: int, what: str) -> Memory:
-            self._memories.append(self.device.allocate(nbytes, what))
-            self.memory[what] = nbytes
-            return self._memories[-1]
-
-        contract, V = self._contract, next(s for s in self._contract.outputs if s.role == "logits").axes[-1]
-        assert isinstance(V, int)
-        self._vocab_size = V
-        self._weights = self._upload_weights(bundle, facts["weights"], allocate)
+        self._has_pending = bool(pending)
+        self._row_bytes = row_bytes([*self._contract.states, *pending[:1]])
+        self._allocate(bundle, facts["weights"], marked)
         scratch = trt.memory_bytes(self._engine)
-        memory = allocate(scratch, "the engine's scratch memory")
-        self._row_bytes = row_bytes([*contract.states, *pending[:1]])
-        state = state_bytes(self._row_bytes, self.max_batch)
-        self._state_memory = allocate(state, f"the state of {self.max_batch} rows")
-        self._spare_memory = allocate(state, "the copy of the state")
-        staged = state_bytes(self._row_bytes, self._prefill_batch)
-        self._staged = allocate(staged, "the state of a prompt call")
-        positions = self._prefill_batch * self.max_chunk if contract.all_logits else 1
-        self._logits = allocate(4 * V * max(positions, self.max_batch), "logits")
-        self._next = allocate(4 * self.max_batch, "next tokens")
-        tokens = max(self._prefill_batch * self.max_chunk, self.max_batch)
-        self._marked: dict[str, tuple[int, str, tuple[int, ...]]] = {}  # address, dtype, axes after [batch, seq]
-        for name in marked:
-            dtype = _TRT_DTYPES[self._engine.get_tensor_dtype(name).name]
-            axes = tuple(self._engine.get_tensor_shape(name))[2:]
-            nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
-            self._marked[name] = (allocate(nbytes, name).address, dtype, axes)
-        self._first_id = aligned(4 * self.max_batch) // 4  # behind the lengths, so that one copy brings both
-        inputs = self._first_id + tokens
-        self._lens = allocate(4 * inputs, "lengths and token ids").address
-        self._ids = self._lens + 4 * self._first_id
-        self._steps = allocate(4 * self.max_batch, "step counts")
-        self._eos = allocate(4 * _MAX_EOS, "ids that end a row")
-        self._host_eos, _ = self.device.host_array((_MAX_EOS,), np.int32)
-        self._host_steps, _ = self.device.host_array((self.max_batch,), np.int32)
-        self.host_log, self._log_address = self.device.host_array((LOG_STEPS * self.max_batch,), np.int32)
-        self.host_uniform, self._uniform_address = self.device.host_array((LOG_STEPS * self.max_batch,), np.float64)
-        self._kernels: Kernels | None = None
-        self._no_kernels = False
-        self._host_inputs, _ = self.device.host_array((inputs,), np.int32)
-        arrays, is_locked = self.device.page_locked((_LOGITS_KEPT, self.max_batch, V), np.float32)
-        self._host_logits = Lent(arrays)
-        if not is_locked:
-            self._say("slower than it should be: CUDA cannot page-lock memory here, so logits take longer to the host")
-        self._contexts = []
-        for profile in (DECODE, PROMPT):
-            context = trt.new_context(self._engine, memory.address, scratch)
-            if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
-                raise EngineError(f"{trt.label} makes no execution context: {'; '.join(log.errors[-3:])}")
-            for name, address in self._weights.items():
-                context.set_input_shape(name, tuple(self._engine.get_tensor_shape(name)))
-                context.set_tensor_address(name, address)
-            for name, (address, _, _) in self._marked.items():
-                context.set_tensor_address(name, address)
-            self._contexts.append(context)
+        memory = self._take(scratch, "the engine's scratch memory")
+        self._contexts = [self._new_context(trt, profile, memory, scratch) for profile in (DECODE, PROMPT)]
         self.device.synchronize()
         self._state: GpuState | None = None
-        self._has_pending = bool(pending)
+        self._kernels: Kernels | None = None
+        self._no_kernels = False
         self._graphs: dict[Any, Graph] = {}
         # Those of an engine of one operator, in which nothing but its own arguments depends on the length.
         self._capture_prompts = self._use_graphs and fused
-        self._fill_prompts = fused and not contract.all_logits and not marked
+        self._fill_prompts = fused and not self._contract.all_logits and not marked
         self._prompts: OrderedDict[tuple[int, ...], Graph | None] = OrderedDict()  # None: came once; the latest last
         self._bound: dict[int, tuple[int, ...]] = {}  # what each context was last given
 
-    def _upload_weights(
-        self, bundle: Bundle, places: Mapping[str, Any], allocate: Callable[[int, str], Memory]
-    ) -> dict[str, int]:
-        """Of an engine that is given its weights: the address of each, all in one allocation."""
-        if not places:
-            return {}
-        starts, size = {}, 0
-        for name, (_, length) in places.items():
-            starts[name] = size
-            size += aligned(length)
-        base = allocate(size, "the weights").address
-        found = {}
-        with bundle.file(WEIGHTS).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for name, (offset, length) in places.items():
-                view = np.frombuffer(content, np.uint8, length, offset)
-                self.device.upload(base + starts[name], view)
-                found[name] = base + starts[name]
-            self.device.synchronize()
-            del view  # or the map cannot be closed
-        return found
+    def _take(self, nbytes: int, what: str) -> Memory:
+        """Memory of the GPU until this is closed."""
+        self._memories.append(self.device.allocate(nbytes, what))
+        self.memory[what] = nbytes
+        return self._memories[-1]
+
+    def _allocate(self, bundle: Bundle, weights: Mapping[str, Any], marked: Sequence[str]) -> None:
+        """All but the engine's own scratch memory."""
+        self._weights = upload_weights(self.device, bundle, weights, self._take)
+        state = state_bytes(self._row_bytes, self.max_batch)
+        self._state_memory = self._take(state, f"the state of {self.max_batch} rows")
+        self._spare_memory = self._take(state, "the copy of the state")
+        staged = state_bytes(self._row_bytes, self._prefill_batch)
+        self._staged = self._take(staged, "the state of a prompt call")
+        prompt = self._prefill_batch * self.max_chunk
+        vocab_size = next(spec for spec in self._contract.outputs if spec.role == "logits").axes[-1]
+        assert isinstance(vocab_size, int)
+        self._vocab_size = vocab_size
+        self.buffers = Buffers(
+            self.device,
+            self._take,
+            vocab_size=vocab_size,
+            max_batch=self.max_batch,
+            tokens=max(prompt, self.max_batch),
+            positions=max(prompt if self._contract.all_logits else 1, self.max_batch),
+            say=self._say,
+        )
+        self._marked: dict[str, tuple[int, str, tuple[int, ...]]] = {}  # address, dtype, axes after [batch, seq]
+        for name in marked:
+            dtype = TRT_DTYPES[self._engine.get_tensor_dtype(name).name]
+            axes = tuple(self._engine.get_tensor_shape(name))[2:]
+            nbytes = max(prompt, self.max_batch) * math.prod(axes) * numpy_dtype(dtype).itemsize
+            self._marked[name] = (self._take(nbytes, name).address, dtype, axes)
+
+    def _new_context(self, trt: TensorRT, profile: int, memory: Memory, nbytes: int) -> Any:
+        """For one profile, over scratch memory that is shared; what never changes is bound."""
+        context = trt.new_context(self._engine, memory.address, nbytes)
+        if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
+            raise EngineError(f"{trt.label} makes no execution context: {'; '.join(self._log.errors[-3:])}")
+        for name, address in self._weights.items():
+            context.set_input_shape(name, tuple(self._engine.get_tensor_shape(name)))
+            context.set_tensor_address(name, address)
+        for name, (address, _, _) in self._marked.items():
+            context.set_tensor_address(name, address)
+        return context
 
     @property
     def contract(self) -> Contract:
@@ -260,7 +230,8 @@ class TensorRTBackend:
                 if single:
                     state.since.append((input_ids.copy(), seq_lens.copy()))
                     self._step(input_ids, seq_lens, graph)
-                    return self._read_logits(state.batch)
+                    logits = self.buffers.read_logits(state.batch)
+                    return logits[:, None] if self._contract.all_logits else logits
                 logits = self._prompt(input_ids, seq_lens, state)
                 state.since = None
                 return logits
@@ -288,26 +259,18 @@ class TensorRTBackend:
 
     def _step(self, input_ids: NDArray[np.int32], seq_lens: NDArray[np.int32], graph: Graph | None) -> None:
         """Enqueue one token a row."""
-        self._load(input_ids[:, 0], seq_lens)
+        self.buffers.load_tokens(input_ids[:, 0], seq_lens)
         if graph is None:
             self._enqueue(DECODE)
         else:
             graph.launch()
-
-    def _load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
-        """Put in place what a step reads."""
-        self.device.synchronize()  # nothing reads the host array any more
-        end = self._first_id + len(tokens)
-        self._host_inputs[: len(lengths)] = lengths
-        self._host_inputs[self._first_id : end] = tokens
-        self.device.upload(self._lens, self._host_inputs[:end])
 
     def _graph(self, key: Any, state: GpuState, enqueue: Callable[[], None]) -> Graph | None:
         """A graph of what is bound now; None, which is said once, where it cannot be captured."""
         if key in self._graphs:
             return self._graphs[key]
         nobody = np.zeros(state.batch, np.int32)
-        self._load(nobody, nobody)
+        self.buffers.load_tokens(nobody, nobody)
         state.checkpoint()
         try:
             enqueue()  # with no row that reads anything
@@ -330,15 +293,6 @@ class TensorRTBackend:
         except EngineError as error:
             self._say(f"{what} without CUDA graphs, which is slower: {error}")
             return None
-
-    def _read_logits(self, batch: int) -> NDArray[np.float32]:
-        """The caller's own: lent, for a copy may take longer than the step; a copy where that was the last."""
-        logits: NDArray[np.float32] = self._host_logits.lend()[:batch]
-        self.device.download(logits, self._logits.address)
-        self.device.synchronize()
-        if self._host_logits.left == 0:
-            logits = logits.copy()
-        return logits[:, None] if self._contract.all_logits else logits
 
     # --- for bench ------------------------------------------------------------------------------------------------
 
@@ -377,7 +331,7 @@ class TensorRTBackend:
                     graph.launch()
 
             state.is_lost = True  # until all of it is done
-            self.load(tokens, np.ones(state.batch, np.int32), 0)
+            self.buffers.load_step(tokens, np.ones(state.batch, np.int32), 0)
             graph.launch()
             seconds = device.elapsed(replay)
             state.since, state.is_lost = None, False
@@ -385,7 +339,7 @@ class TensorRTBackend:
 
     def _replayed(self, state: GpuState) -> Graph | None:
         """A step with the choice of the likeliest tokens; without it where the host chooses them."""
-        self._set_endings([])
+        self.buffers.load_endings([])
         return self._choosing_graph(state, {}) or self._step_graph(state)
 
     # --- running ahead --------------------------------------------------------------------------------------------
@@ -413,7 +367,7 @@ class TensorRTBackend:
             None where this cannot be done here: no CUDA graphs, no kernels, or a repetition penalty, for which the host
             must know each token.
         """
-        if sampling.repetition_penalty != 1 or len(eos_ids) > _MAX_EOS:
+        if sampling.repetition_penalty != 1 or len(eos_ids) > MAX_EOS:
             return None
         filters: dict[str, Any] = {}
         if sampling.temperature > 0:
@@ -421,49 +375,25 @@ class TensorRTBackend:
             filters["top_k"] = min(sampling.top_k, self._vocab_size)
         with self.device:
             state.check()
-            self._set_endings(eos_ids)
+            self.buffers.load_endings(eos_ids)
             graph = self._choosing_graph(state, filters)
         if graph is None:
             return None
-        return Ahead(self, state, graph, tokens, limit, draw if filters else None)
-
-    def _set_endings(self, eos_ids: Sequence[int]) -> None:
-        self.device.synchronize()  # nothing reads the host array any more
-        self._host_eos[:] = -1
-        self._host_eos[: len(eos_ids)] = eos_ids
-        self.device.upload(self._eos.address, self._host_eos)
+        return Ahead(self.buffers, state, graph, tokens, limit, draw if filters else None)
 
     def _choosing_graph(self, state: GpuState, filters: Mapping[str, Any]) -> Graph | None:
         """Of one token a row and the choice of the next, greedy without filters; None without graphs or the kernel."""
         kernels = self._load_kernels() if self._use_graphs else None
         if kernels is None:
             return None
-        batch, V = state.batch, self._vocab_size
-        uniform = View(self._uniform_address, (LOG_STEPS, batch), "float64") if filters else None
+        arguments = self.buffers.of_choice(state.batch, is_drawn=bool(filters))
 
         def enqueue() -> None:
             self._enqueue(DECODE)
-            kernels.sample_token(
-                View(self._logits.address, (batch, V), "float32"),
-                uniform,
-                steps=View(self._steps.address, (batch,), "int32"),
-                tokens=View(self._ids, (batch,), "int32"),
-                log=View(self._log_address, (LOG_STEPS, batch), "int32"),
-                seq_lens=View(self._lens, (batch,), "int32"),
-                eos_ids=View(self._eos.address, (_MAX_EOS,), "int32"),
-                stream=self.device.stream,
-                **filters,
-            )
+            kernels.sample_token(**arguments, stream=self.device.stream, **filters)
 
-        self._bind(DECODE, batch, 1, state.addresses)
-        return self._graph(("ahead", batch, *filters.values()), state, enqueue)
-
-    def load(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32], step: int) -> None:
-        """See :class:`mamba_deploy.runtime.ahead.Buffers`."""
-        self._load(tokens, lengths)
-        steps = self._host_steps[: len(tokens)]
-        steps[...] = step
-        self.device.upload(self._steps.address, steps)
+        self._bind(DECODE, state.batch, 1, state.addresses)
+        return self._graph(("ahead", state.batch, *filters.values()), state, enqueue)
 
     def _load_kernels(self) -> Kernels | None:
         """The kernels of the plugins, for the choice of tokens; None, which is said once, where they cannot be had."""
@@ -493,7 +423,7 @@ class TensorRTBackend:
             width = self._filled(used)
             ids = np.zeros((count, width), np.int32)
             ids[:, :used] = input_ids[rows, :used]
-            self._load(ids.ravel(), seq_lens[rows])
+            self.buffers.load_tokens(ids.ravel(), seq_lens[rows])
             addresses, copies = self._row_addresses(state, start, count)
             for own, staged, nbytes in copies:
                 self.device.copy(staged, own, nbytes)
@@ -501,12 +431,9 @@ class TensorRTBackend:
             for own, staged, nbytes in copies:
                 self.device.copy(own, staged, nbytes)
             if self._contract.all_logits:
-                found = np.empty((count, width, V), np.float32)
-                self.device.download(found, self._logits.address)
-                self.device.synchronize()
-                logits[rows, :width] = found
+                logits[rows, :width] = self.buffers.read_all_logits(count, width)
             else:
-                logits[rows] = self._read_logits(count)
+                logits[rows] = self.buffers.read_logits(count)
             self._read_marked(count, width)
         return logits
 
@@ -574,10 +501,10 @@ class TensorRTBackend:
         if before[1:] == key[1:]:  # but for the number of tokens
             specs = [spec for spec in specs if spec.role == "tokens"]
         by_role = {
-            "tokens": self._ids,
-            "lengths": self._lens,
-            "logits": self._logits.address,
-            "next_token": self._next.address,
+            "tokens": self.buffers.ids,
+            "lengths": self.buffers.lens,
+            "logits": self.buffers.logits,
+            "next_token": self.buffers.next_token,
         }
         accepted = True
         for spec in specs:
@@ -619,51 +546,3 @@ class TensorRTBackend:
 def _binding(batch: int, seq: int, states: Mapping[str, int]) -> tuple[int, ...]:
     """What a call depends on besides its values; the number of tokens first."""
     return (seq, batch, *states.values())
-
-
-def load_engine(trt: TensorRT, log: Any, path: Path) -> Any:
-    """The engine, deserialised from a map of the file, so that its bytes are in memory but once.
-
-    Raises:
-        EngineError: TensorRT does not load it.
-    """
-    runtime = trt.module.Runtime(log)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        made = runtime.deserialize_cuda_engine(content)
-    if made is None:
-        raise EngineError(
-            f"{trt.label} does not load {path}: {'; '.join(log.errors[-3:])}",
-            hint=f"build it again: mamba-deploy build {path.parent}",
-        )
-    return made
-
-
-def _check_fits(bundle: Bundle, facts: Mapping[str, Any], trt: TensorRT, device: Device) -> None:
-    """Raise unless the engine was built for this model, TensorRT, GPU and plugins."""
-    files = bundle.manifest["files"]
-    differences = [
-        ("another model.onnx", facts["onnx_sha256"], files[PORTABLE]["sha256"]),
-        ("other weights", facts["weights_sha256"], files[WEIGHTS]["sha256"]),
-        ("another TensorRT", f"{facts['product']} {facts['version']}", trt.label),
-        ("other plugin sources", facts["plugin_sources"], trt.plugin_sources),
-    ]
-    if facts["architecture"]:
-        differences.append(("another GPU", f"sm_{facts['architecture']}", f"sm_{device.architecture}"))
-    for what, built, here in differences:
-        if built != here:
-            raise EngineError(
-                f"the engine in {bundle.path} was built for {what}: {built}, and here is {here}",
-                hint=f"build it on this machine: mamba-deploy build {bundle.path}",
-            )
-
-
-def _check_tensors(engine: Any, specs: Sequence[TensorSpec], others: Iterable[str]) -> None:
-    """Raise unless the engine takes and gives what the contract says, and these others."""
-    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    wanted = {spec.name for spec in specs} | set(others)
-    if odd := sorted(names ^ wanted):
-        raise EngineError(f"the engine and the contract do not have the same tensors: {', '.join(odd[:4])}")
-    for spec in specs:
-        dtype = _TRT_DTYPES.get(engine.get_tensor_dtype(spec.name).name)
-        if dtype != spec.dtype:
-            raise EngineError(f"the engine has {spec.name} in {dtype} where the contract says {spec.dtype}")

@@ -10,7 +10,7 @@ from typing import Any
 from mamba_deploy.bundle import ENGINES, Bundle
 from mamba_deploy.errors import EngineError, MambaDeployError
 from mamba_deploy.runtime.device import Device
-from mamba_deploy.runtime.engine import load_engine
+from mamba_deploy.runtime.engine_file import load_engine
 from mamba_deploy.runtime.trt import load
 
 __all__ = ["layers", "parse"]

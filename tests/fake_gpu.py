@@ -341,14 +341,14 @@ class FakeContext:
 class FakeKernels:
     """``sample_token`` by the CPU's sampling."""
 
-    def __init__(self, device: FakeDevice, backend: Any) -> None:
-        self.device, self.backend = device, backend
+    def __init__(self, device: FakeDevice, buffers: Any) -> None:
+        self.device, self.buffers = device, buffers
 
     def sample_token(self, logits: Any, uniform: Any, *, stream: int, **given: Any) -> None:
         device, batch = self.device, logits.shape[0]
         arrays = {name: self._view(given.pop(name)) for name in ("steps", "tokens", "seq_lens", "eos_ids")}
         arrays["logits"] = self._view(logits)
-        log, random = given.pop("log"), self.backend.host_uniform
+        log, random = given.pop("log"), self.buffers.host_uniform
         sampling = Sampling(**given)
 
         def work() -> None:
@@ -357,7 +357,7 @@ class FakeKernels:
                     continue
                 slot = int(arrays["steps"][b]) % log.shape[0]
                 chosen = self._choose(arrays["logits"][b], sampling, random[slot * batch + b])
-                self.backend.host_log[slot * batch + b] = chosen
+                self.buffers.host_log[slot * batch + b] = chosen
                 arrays["tokens"][b] = max(chosen, 0)
                 arrays["steps"][b] += 1
                 if chosen in arrays["eos_ids"]:
@@ -479,5 +479,5 @@ def open_backend(bundle: Bundle, device: FakeDevice | None = None, **options: An
 
     device = device or FakeDevice()
     backend = TensorRTBackend(bundle, tensorrt=FakeTensorRT(device), device=device, **options)  # type: ignore[arg-type]
-    backend._kernels = FakeKernels(device, backend)
+    backend._kernels = FakeKernels(device, backend.buffers)
     return backend

@@ -564,7 +564,8 @@ def test_there_is_no_snapshot_of_nothing(mamba2: Session) -> None:
 def break_after(monkeypatch: pytest.MonkeyPatch, session: Session, calls: int, error: BaseException) -> None:
     """From this call on, the backend computes, writes its outputs, and then fails: the worst moment."""
     backend: Any = session.backend
-    parts = [part for part in ("_model", "_session", "_prompt", "_read_logits") if hasattr(backend, part)]
+    buffers = getattr(backend, "buffers", None)
+    places = [(backend, part) for part in ("_model", "_session", "_prompt")] + [(buffers, "read_logits")]
     count = [0]
 
     def fail() -> None:
@@ -573,8 +574,8 @@ def break_after(monkeypatch: pytest.MonkeyPatch, session: Session, calls: int, e
             raise error
 
     class Breaking:
-        def __init__(self, part: str) -> None:
-            self.real = getattr(backend, part)
+        def __init__(self, real: Any) -> None:
+            self.real = real
 
         def __call__(self, *arguments: Any) -> Any:  # the PyTorch model; what an engine does last
             result = self.real(*arguments)
@@ -588,8 +589,9 @@ def break_after(monkeypatch: pytest.MonkeyPatch, session: Session, calls: int, e
         def __getattr__(self, name: str) -> Any:
             return getattr(self.real, name)
 
-    for part in parts:
-        monkeypatch.setattr(backend, part, Breaking(part))
+    for owner, part in places:
+        if hasattr(owner, part):
+            monkeypatch.setattr(owner, part, Breaking(getattr(owner, part)))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
