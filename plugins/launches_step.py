@@ -162,13 +162,13 @@ def _linear(a: Linear, dtype: int, x_dtype: int, workspace: int, device: Device)
     before = []
     if a.batch > _NORM_ROWS and a.norm_weight is not None:
         before, x_dtype = [_norm_apart(a, dtype, x_dtype, workspace)], dtype
-    if BYTES[x_dtype] == 2 and _is_tile(a, dtype, device):
+    if BYTES[x_dtype] == 2 and _is_tile(a, dtype, False, device):
         return [*before, _tile(a, dtype, False, device)]
     item = BYTES[dtype]
     tiles = ceil_div(a.outputs, 64 // item)
     some, roomy = 3 * tiles >= device.multiprocessors, device.major >= 8 and device.shared_bytes >= 160 << 10
     ring = some and roomy and a.inputs >= 2048
-    nbytes, warps = (4, 16) if not some else (8, 16) if ring else (8, 8)
+    nbytes, warps = (4, 16) if not some else (8, 16) if a.inputs >= 2048 else (8, 8)
     if 2 * tiles >= 3 * device.multiprocessors:
         nbytes, warps, ring = 16, 8, False
     in_ring = 8 * 4 * nbytes * 32 * warps if ring else 0
@@ -182,10 +182,13 @@ def _linear(a: Linear, dtype: int, x_dtype: int, workspace: int, device: Device)
 _TILE_THREADS, _TILE_INPUTS, _MOST_TILES = 512, 64, 5
 
 
-def _is_tile(a: Linear, dtype: int, device: Device) -> bool:
+def _is_tile(a: Linear, dtype: int, of_head: bool, device: Device) -> bool:
     if BYTES[dtype] != 2 or device.major < 8 or a.norm_weight is not None or not a.by_16 or a.batch <= _NORM_ROWS:
         return False
-    return bool(a.batch > _COLUMNS or a.inputs >= 2048)
+    if of_head or device.major >= 9:
+        return bool(a.batch > _COLUMNS or a.inputs >= 2048)
+    tiles = ceil_div(a.outputs, 32) * ceil_div(a.batch, 16)
+    return bool(a.batch > _COLUMNS and 4 * tiles >= device.multiprocessors)
 
 
 def is_together(a: Linear) -> bool:
@@ -236,7 +239,7 @@ def head(call: Any, workspace: int, device: Device) -> list[Launch]:
         name = kernel_name("step", "row_head_kernel", TYPES[call.dtype])
         return [Launch("step_row.cuh", name, (ceil_div(a.outputs, 8),), (threads,), 0, (a,))]
     norm = _norm_apart(a, call.dtype, 0, workspace)
-    if _is_tile(a, call.dtype, device):
+    if _is_tile(a, call.dtype, True, device):
         return [norm, _tile(a, call.dtype, True, device)]
     shared = _most_rows(a, device, BYTES[call.dtype], BYTES[call.dtype], 0, 0)
     name = kernel_name("step", "head_kernel", TYPES[call.dtype])

@@ -107,15 +107,19 @@ cudaError_t few_rows(const Linear& a, const Device& device, cudaStream_t stream)
     const int64_t tiles = ceil_div(a.outputs, 32 * 2 / sizeof(T));
     if (2 * tiles >= 3 * device.multiprocessors) return few_rows<T, X, 16, 8, false>(a, device, stream);
     if (3 * tiles < device.multiprocessors) return few_rows<T, X, 4, 16, false>(a, device, stream);
-    const bool ring = device.major >= 8 && device.shared_bytes >= 160 << 10 && a.inputs >= 2048;
-    return ring ? few_rows<T, X, 8, 16, true>(a, device, stream) : few_rows<T, X, 8, 8, false>(a, device, stream);
+    if (a.inputs < 2048) return few_rows<T, X, 8, 8, false>(a, device, stream);
+    const bool ring = device.major >= 8 && device.shared_bytes >= 160 << 10;
+    return ring ? few_rows<T, X, 8, 16, true>(a, device, stream) : few_rows<T, X, 8, 16, false>(a, device, stream);
 }
 
-// Whether tile_kernel takes it. Of up to 8 rows and few inputs the other kernels are faster.
-template <typename T>
+// Whether tile_kernel takes it. Where blocks have no clusters, to split the inputs, the other kernels are faster for up to 8 rows,
+// and for as few outputs as x_proj's (samples/results/step.txt, 159); with clusters, for up to 8 rows and few inputs.
+template <typename T, bool HEAD>
 bool is_tile(const Linear& a, const Device& device) {
-    return sizeof(T) == 2 && device.major >= 8 && a.norm_weight == nullptr && a.by_16 && a.batch > kNormRows &&
-           (a.batch > kColumns || a.inputs >= 2048);
+    if (sizeof(T) != 2 || device.major < 8 || a.norm_weight != nullptr || !a.by_16 || a.batch <= kNormRows) return false;
+    if (HEAD || device.major >= 9) return a.batch > kColumns || a.inputs >= 2048;
+    const int64_t tiles = ceil_div(a.outputs, Tile<1, 1, HEAD>::kOutputs) * ceil_div(a.batch, Tile<1, 1, HEAD>::kRows);
+    return a.batch > kColumns && 4 * tiles >= device.multiprocessors;
 }
 
 template <int ROW_TILES, bool HEAD, typename Run>
@@ -200,7 +204,7 @@ cudaError_t linear(Linear a, void* workspace, cudaStream_t stream) {
     if (apart) error = norm_apart<T, X>(a, workspace, device, stream);
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
-        if ((apart || sizeof(X) == 2) && is_tile<T>(a, device)) return many_rows<T, false>(a, device, stream);
+        if ((apart || sizeof(X) == 2) && is_tile<T, false>(a, device)) return many_rows<T, false>(a, device, stream);
     }
     return apart ? few_rows<T, T>(a, device, stream) : few_rows<T, X>(a, device, stream);
 }
@@ -294,7 +298,7 @@ cudaError_t run(const MambaHead& c, void* workspace, cudaStream_t stream) {
     error = norm_apart<T, float>(a, workspace, device, stream);
     if (error != cudaSuccess) return error;
     if constexpr (sizeof(T) == 2) {
-        if (is_tile<T>(a, device)) return many_rows<T, true>(a, device, stream);
+        if (is_tile<T, true>(a, device)) return many_rows<T, true>(a, device, stream);
     }
     const auto bytes = [](const Linear& a) { return Layout(a, sizeof(T), sizeof(T), 0, 0).bytes; };
     a.rows = most_rows(a, device, bytes);

@@ -18,6 +18,8 @@ needs_gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False"),
 ]
 
+MAJOR = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0  # of the compute capability
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 NAN = math.nan
 BITS = {2: torch.int16, 4: torch.int32}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.device import BF16, F16, F32, bits, needs_gpu
+from gpu.device import BF16, F16, F32, MAJOR, bits, needs_gpu
 from gpu.test_model import PUBLISHED, PUBLISHED2, Call, Model, replays_that_differ
 from gpu.test_step import PATTERN
 
@@ -62,6 +62,7 @@ def test_large_values_stay_in_range(case: dict[str, Any]) -> None:
     Call(model).run()
 
 
+@pytest.mark.skipif(MAJOR != 9, reason="needs compute capability 9.0: elsewhere no sum is one of integers")
 @pytest.mark.parametrize("scale", [1e12, -1e12, float("nan")])
 @pytest.mark.parametrize("case", [MAMBA[0], MAMBA2[0]], ids=str)
 def test_what_is_out_of_range_is_no_number(case: dict[str, Any], scale: float) -> None:
