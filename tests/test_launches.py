@@ -531,9 +531,10 @@ def recorded(library: ctypes.CDLL, op: str, call: Any, device: Device, planned: 
     found: list[Any] = []
 
     def note(name: bytes, sizes: Any, shared: int, arguments: Any) -> None:
-        like = getattr(planned[len(found)], "arguments", ()) if len(found) < len(planned) else ()
+        kernel, p = canonical(name.decode()), planned[len(found)] if len(found) < len(planned) else None
+        like = p.arguments if isinstance(p, Launch) and canonical(p.kernel) == kernel else ()  # another has others
         values = [ctypes.string_at(arguments[i], ctypes.sizeof(a)) for i, a in enumerate(like)]
-        found.append((canonical(name.decode()), tuple(sizes[:3]), tuple(sizes[3:6]), *sizes[6:8], shared, values))
+        found.append((kernel, tuple(sizes[:3]), tuple(sizes[3:6]), *sizes[6:8], shared, values))
 
     recorder = Recorder(note)
     library.set_recorder(recorder, attributes_of(device))
