@@ -118,7 +118,8 @@ template <typename T, bool HEAD>
 bool is_tile(const Linear& a, const Device& device) {
     if (sizeof(T) != 2 || device.major < 8 || a.norm_weight != nullptr || !a.by_16 || a.batch <= kNormRows) return false;
     if (HEAD || device.major >= 9) return a.batch > kColumns || a.inputs >= 2048;
-    const int64_t tiles = ceil_div(a.outputs, Tile<1, 1, HEAD>::kOutputs) * ceil_div(a.batch, Tile<1, 1, HEAD>::kRows);
+    using Least = Tile<1, 1, HEAD>;
+    const int64_t tiles = ceil_div(a.outputs, Least::kOutputs) * ceil_div(a.batch, Least::kRows);
     return a.batch > kColumns && 4 * tiles >= device.multiprocessors;
 }
 

@@ -22,6 +22,7 @@ class Buffers:
     """For B rows, the first B of each are used; a method that writes waits until the GPU reads nothing of before."""
 
     device: Device
+    vocab_size: int
     ids: int  # addresses; int32
     lens: int
     logits: int  # float32
@@ -51,7 +52,7 @@ class Buffers:
             positions: The most that a call gives logits for.
             say: Told what is slower than it should be.
         """
-        self.device, self._vocab_size = device, vocab_size
+        self.device, self.vocab_size = device, vocab_size
         self.logits = allocate(4 * vocab_size * positions, "logits").address
         self.next_token = allocate(4 * max_batch, "next tokens").address
         self._first_id = aligned(4 * max_batch) // 4  # behind the lengths, so that one copy brings both
@@ -96,7 +97,7 @@ class Buffers:
         """Arguments of :meth:`mamba_deploy.plugins.kernels.Kernels.sample_token`, which feeds the next step."""
         log_shape = (LOG_STEPS, batch)
         return {
-            "logits": View(self.logits, (batch, self._vocab_size), "float32"),
+            "logits": View(self.logits, (batch, self.vocab_size), "float32"),
             "uniform": View(self._uniform, log_shape, "float64") if is_drawn else None,
             "steps": View(self._steps, (batch,), "int32"),
             "tokens": View(self.ids, (batch,), "int32"),
@@ -114,7 +115,7 @@ class Buffers:
 
     def read_all_logits(self, batch: int, width: int) -> NDArray[np.float32]:
         """[B, L, V], of an engine that gives those of every position."""
-        logits = np.empty((batch, width, self._vocab_size), np.float32)
+        logits = np.empty((batch, width, self.vocab_size), np.float32)
         self.device.download(logits, self.logits)
         self.device.synchronize()
         return logits

@@ -151,24 +151,23 @@ class TensorRTBackend:
         self._spare_memory = self._take(state, "the copy of the state")
         staged = state_bytes(self._row_bytes, self._prefill_batch)
         self._staged = self._take(staged, "the state of a prompt call")
-        prompt = self._prefill_batch * self.max_chunk
+        tokens = max(self._prefill_batch * self.max_chunk, self.max_batch)
         vocab_size = next(spec for spec in self._contract.outputs if spec.role == "logits").axes[-1]
         assert isinstance(vocab_size, int)
-        self._vocab_size = vocab_size
         self.buffers = Buffers(
             self.device,
             self._take,
             vocab_size=vocab_size,
             max_batch=self.max_batch,
-            tokens=max(prompt, self.max_batch),
-            positions=max(prompt if self._contract.all_logits else 1, self.max_batch),
+            tokens=tokens,
+            positions=tokens if self._contract.all_logits else self.max_batch,
             say=self._say,
         )
         self._marked: dict[str, tuple[int, str, tuple[int, ...]]] = {}  # address, dtype, axes after [batch, seq]
         for name in marked:
             dtype = TRT_DTYPES[self._engine.get_tensor_dtype(name).name]
             axes = tuple(self._engine.get_tensor_shape(name))[2:]
-            nbytes = max(prompt, self.max_batch) * math.prod(axes) * numpy_dtype(dtype).itemsize
+            nbytes = tokens * math.prod(axes) * numpy_dtype(dtype).itemsize
             self._marked[name] = (self._take(nbytes, name).address, dtype, axes)
 
     def _new_context(self, trt: TensorRT, profile: int, memory: Memory, nbytes: int) -> Any:
@@ -372,7 +371,7 @@ class TensorRTBackend:
         filters: dict[str, Any] = {}
         if sampling.temperature > 0:
             filters = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-            filters["top_k"] = min(sampling.top_k, self._vocab_size)
+            filters["top_k"] = min(sampling.top_k, self.buffers.vocab_size)
         with self.device:
             state.check()
             self.buffers.load_endings(eos_ids)
@@ -412,7 +411,7 @@ class TensorRTBackend:
     ) -> NDArray[np.float32]:
         """Read several tokens a row, a few rows at a time; rows that are read together are as long as the longest."""
         B, L = input_ids.shape
-        V, group = self._vocab_size, self._prefill_batch
+        V, group = self.buffers.vocab_size, self._prefill_batch
         shape = (B, L, V) if self._contract.all_logits else (B, V)
         logits = np.zeros(shape, np.float32)
         for start in range(0, B, group):

@@ -1,4 +1,4 @@
-"""An engine's file: loading it, and whether it is one for this bundle on this machine."""
+"""An engine's file: loading it, and the weights it is given; whether it is one for this bundle on this machine."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def test_every_token_is_that_of_the_reference(B: int, case: dict[str, Any], T: t
         reads = call.model.seq_lens > t
         close(f"logits of token {t}", found.cpu()[reads], logits[reads, t], ALLOWED[T])
         most = max(most, int(call.left.max()))
-    if torch.cuda.get_device_capability()[0] >= 9:
-        assert most == 3 or MAJOR < 9, "nothing was pending"
+    if MAJOR >= 9:
+        assert most == 3, "nothing was pending"
     call.read_nothing()
     assert not call.left.any()
     for i, (layer, wanted) in enumerate(zip(call.layers, states, strict=True)):
@@ -114,8 +114,8 @@ def test_a_prompt_goes_on_from_what_is_pending(B: int, case: dict[str, Any]) -> 
     for defers in (True, False):
         call = Pending(model_of(case, B), defers)
         logits = list(call.tokens(0, 6))
-        if defers:
-            assert call.left.any() or MAJOR < 9
+        if defers and MAJOR >= 9:
+            assert call.left.any()
         call.own[:2] = call.input_ids[:, 6:].contiguous(), (call.seq_lens - 6).clamp(min=0)
         call.logits = torch.zeros(B, TOKENS - 6, call.model.V, device="cuda")
         call.launch()
@@ -133,7 +133,8 @@ def test_states_that_go_elsewhere_hold_all_tokens(B: int, case: dict[str, Any]) 
     call, other = (Pending(model_of(case, B), defers) for defers in (True, False))
     assert_same_bits(call.tokens(0, 5), other.tokens(0, 5))
     assert call.pending is not None
-    assert call.left.any() or MAJOR < 9
+    if MAJOR >= 9:
+        assert call.left.any()
     elsewhere = torch.full_like(call.pending, float("nan"))
     outs = [
         {f"{name}_out": torch.full_like(layer[name], float("nan")) for name in ("conv_state", "ssm_state")}
